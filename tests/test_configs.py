@@ -182,7 +182,7 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
     assert train.main([H100, "--plan", "system.memory_gb=6", "system.device=mps", "training.optimizer=adamw"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "training.micro_batch_size: 4 rows of 4096 tokens take" in error
+    assert "training.micro_batch_size: 4 sequences of 4096 tokens take" in error
     assert "and 5.40 GB are available" in error
 
 

@@ -356,7 +356,7 @@ def test_out_of_memory_anywhere_is_one_line_and_3(
     monkeypatch.setattr(part, allocate)
     assert train.main(quick(tmp_path / "run", training__max_steps=1)) == 3
     said = one_line(capsys.readouterr().err)
-    assert said.startswith("failed: out of memory with micro-batches of 4 rows: try ")
+    assert said.startswith("failed: out of memory with micro-batch size 4: try ")
     assert said.count(" (saves about ") == 3
 
 

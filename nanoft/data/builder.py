@@ -278,7 +278,7 @@ class DatasetBuilder:
             what = f"fewer than data.min_target_tokens={data.min_target_tokens}"
             lost = "too few target tokens", f"{min(kept)} target tokens, {what}"
             if samples[0].record not in self.lost:
-                self._note(conversation, f"a sample has {what} and is left out")
+                self._note(conversation, f"a sample has {what} and is skipped")
         elif fitted:
             lost = "too few tokens", f"{shortest} tokens, fewer than data.min_tokens={data.min_tokens}"
         elif all(targets):
@@ -341,7 +341,7 @@ class DatasetBuilder:
                 self.near_leaks = int(near.sum())
         self._remove(leaks, "leak", "its prompt equals, or nearly equals, that of a validation record")
         if is_own and size:
-            how = "records with equal prompts together"
+            how = "equal prompts together"
             if is_frequent[pool].any():
                 how += f", except prompts that more than {size:,} records have"
             how = f"the newest by {data.split_time}" if data.split_time else how

@@ -271,7 +271,7 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     if report["truncated"]:
         inside = f", {report['answers_cut']:,} inside an answer" if report["answers_cut"] else ""
         rows.append([f"truncated ({report['truncation']})", f"{report['truncated']:,}{inside}", ""])
-    for name, label in (("samples_lost", "samples left out"), ("target_tokens_lost", "target tokens lost to length")):
+    for name, label in (("samples_lost", "samples skipped"), ("target_tokens_lost", "target tokens lost to length")):
         if report[name]:
             rows.append([label, f"{report[name]:,}", ""])
     return [*lines, markdown_table(["", "training", "validation"], rows)]

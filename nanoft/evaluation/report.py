@@ -18,7 +18,7 @@ import numpy as np
 
 from nanoft.config import Config
 from nanoft.evaluation.evaluate import PERPLEXITIES, EvalResult
-from nanoft.io.tables import format_duration, markdown_table
+from nanoft.io.tables import format_duration, markdown_table, wrap
 from nanoft.metrics.answers import token_f1
 from nanoft.metrics.bootstrap import Comparison, Figure, compare, interval
 from nanoft.perplexity import safe_exp
@@ -66,7 +66,8 @@ def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
     rate = values["answers"].get("win_rate", {}).get("said")
     won = [f"answers   {counts} (by {label(inputs.primary)}): {rate}"] if rate else []
-    head = "\n".join([f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])])
+    lines = [f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])]
+    head = "\n".join(wrap(line, 10) for line in lines)
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
     by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
     terminal = f"\n{main}\n\n{head}\n{''.join(by[name] for name in inputs.groups if name in by)}\n{samples}".rstrip()
@@ -253,14 +254,13 @@ def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
     """The `answers` object of report.json: every prompt with its answers, the worst ones, who won."""
     if not inputs.tuned.completions:
         return {}
-    each: list[dict[str, Any]] = []
-    for c in inputs.tuned.completions:
-        each.append({"prompt": c.prompt, "reference": c.reference, "tuned": c.answer})
-        each[-1] |= {"rewards": c.rewards} if c.rewards else {}
+    each: list[dict[str, Any]] = [
+        {"prompt": c.prompt, "reference": c.reference, "tuned": c.answer, **(c.rewards and {"rewards": c.rewards})}
+        for c in inputs.tuned.completions
+    ]
     if inputs.base and outcome:
         for line, before, word in zip(each, inputs.base.completions, outcome, strict=True):
-            line |= {"base": before.answer, "outcome": word}
-            line |= {"base_rewards": before.rewards} if before.rewards else {}
+            line.update({"base_rewards": before.rewards} if before.rewards else {}, base=before.answer, outcome=word)
     counts: dict[str, Any] = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
     counts |= {"win_rate": win_rate(outcome, inputs.seed)} if outcome else {}
     return {"metric": inputs.primary, **counts, "worst": worst(inputs), "each": each}

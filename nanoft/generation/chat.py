@@ -182,7 +182,7 @@ class ChatSession:
         limit = answer_limit(prompt, self.context, self.max_new_tokens)
         if dropped:
             what = "question does" if dropped == 1 else f"{dropped} questions do"
-            note(f"the oldest {what} not fit into the context of {self.context} tokens any more: dropped")
+            note(f"the oldest {what} not fit into the context of {self.context} tokens: dropped")
         return prompt, limit
 
     def show_answer(self, generate: Generate, prompt: list[int], limit: int, name: str) -> str:

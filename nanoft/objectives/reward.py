@@ -45,7 +45,7 @@ class TrainedReward:
     def __init__(self, run: str, device: torch.device, dtype: torch.dtype):
         opened = open_model(run, device, dtype)
         if opened.model.score is None:
-            raise UserError(f"rl.reward: run:{run}: is no reward model: name a run of training.objective=reward")
+            raise UserError(f"rl.reward: run:{run}: is not a reward model: name a run of training.objective=reward")
         self.model, self.chat = opened.model, open_chat_tokenizer(run, opened, as_trained=True)
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ from nanoft.config.loading import load_file
 from nanoft.config.settings import config_warnings
 from nanoft.io.tables import wrap
 from nanoft.kernels.attention import CHUNK
+from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import NORMS, Decoder, DecoderConfig
@@ -39,6 +40,7 @@ from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import find_adapter, is_run, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import add_score, choose_dequantize, grow_vocabulary
 from nanoft.objectives import OBJECTIVES, trains_score
+from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import Machine, matmul_gflop_s
@@ -227,7 +229,7 @@ def choose_rows(peak_of: Callable[[int], float], step_rows: int, room: float) ->
     """The largest divisor of a step's rows that fits into `room` bytes as a micro-batch; a UserError if none does."""
     fitting = [rows for rows in range(1, step_rows + 1) if step_rows % rows == 0 and peak_of(rows) <= room]
     if not fitting:
-        sizes = f"one row takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free"
+        sizes = f"one sequence takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free"
         raise UserError(f"model.max_seq_length: {sizes}: lower it, or set quantization.bits=4")
     return fitting[-1]
 
@@ -273,15 +275,27 @@ class Planner:
         plan = estimate_memory(*sizes, float(not trains_score(self.config)))
         if not self.config.sampled_tokens and not self.config.distill.teacher:
             return plan
-        more = {"other models": self.other_models, "sampling": self.sampling_bytes(length)}
+        plan = replace(plan, parts={**plan.parts, "other models": self.other_models})
         held = plan.parts["activations"] + max(plan.parts["backward"], plan.parts["loss"])  # which sampling does not
-        return replace(plan, parts={**plan.parts, **more, "sampling": max(0.0, more["sampling"] - held)})
+        sampling = self.sampling_bytes(length, settled, self.machine.room_bytes - plan.peak + held)
+        return replace(plan, parts={**plan.parts, "sampling": max(0.0, sampling - held)})
 
-    def sampling_bytes(self, length: int) -> float:
-        """Keys and values of the answers of a step, in buffers of the final size, and their logits."""
+    def sampling_bytes(self, length: int, settled: Config, room: float) -> float:
+        """Keys and values of the answers of a step, in buffers of the final size, and their logits.
+
+        If there is room, also copies of the weights: unpacked, or on a CPU in another order (nanoft/kernels/decode.py).
+        """
+        if not self.config.sampled_tokens:
+            return 0.0
         c, e, answers = self.decoder, self.machine.dtype.itemsize, self.config.effective_batch_size()
         slots = 2.0 * c.num_layers * c.num_kv_heads * c.head_dim * length * e
-        return answers / self.config.system.ranks * (slots * bool(self.config.sampled_tokens) + 12 * c.vocab_size)
+        # logits, at a temperature, their softmax and its sums; with top_p also sorted
+        logits = c.vocab_size * (e + 16.0 + 16.0 * (self.config.rl.top_p < 1))
+        needed = answers / self.config.system.ranks * (slots + logits)
+        is_packed = settled.quantization.bits < 16 and settled.quantization.dequantize != "cached"
+        copied = self.counts.linears + (0 if is_packed else c.vocab_size * c.hidden_size)
+        copies = copied * e * (is_packed or self.machine.device.type == "cpu")
+        return needed + (copies if copies <= MEMORY_SHARE * room and needed + copies <= room else 0.0)
 
     @functools.cached_property
     def other_models(self) -> float:
@@ -296,16 +310,17 @@ class Planner:
             if (name, bits) == own and source == d.teacher:
                 continue
             counts = count_parameters(ModelFiles.find(name).decoder, self.config.override(quantization={"bits": bits}))
-            total += counts.linears * (bits / 8 if bits < 16 else self.machine.dtype.itemsize) + counts.scales * (
-                bits < 16
-            )
-            total += counts.others * self.machine.dtype.itemsize
+            e, is_packed = self.machine.dtype.itemsize, bits < 16
+            total += counts.linears * (bits / 8 if is_packed else e) + counts.scales * is_packed + counts.others * e
         return total
 
     def longest_shape(self, batches: Batches) -> tuple[int, int]:
         """Rows and tokens of the micro-batch that needs the most memory."""
-        (rows, length), more = batches.longest().ids.shape, self.config.sampled_tokens
-        return (batches.micro_batch_size if self.config.rl.reward else rows), length + more
+        rows, length = batches.longest().ids.shape
+        if more := self.config.sampled_tokens:
+            longest, packed = int(prompt_lengths(batches.samples).max()) + more, self.config.data.packing
+            return batches.micro_batch_size, self.config.model.max_seq_length if packed else longest
+        return rows, length
 
     def keep_by(self, policy: str) -> list[ActivationPolicy]:
         """What each block keeps under a policy of training.checkpointing, for auto where memory is least."""
@@ -340,7 +355,7 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
     step_rows = config.effective_batch_size() if config.rl.reward else t.gradient_accumulation_steps
     rows_a_rank, left = divmod(step_rows, ranks)
     if left and not config.rl.reward:
-        split = f"{step_rows} rows a step cannot be split evenly over {ranks} processes"
+        split = f"a step of {step_rows} sequences cannot be split evenly over {ranks} processes"
         raise UserError(f"training.gradient_accumulation_steps: {split}: set it to {ranks * max(rows_a_rank, 1)}")
     if recorded is not None and recorded["system"].get("ranks", 1) == ranks:
         return config.override({name: recorded["training"][name.removeprefix("training.")] for name in ROWS})
@@ -373,7 +388,7 @@ def explained_out_of_memory(planner: Planner) -> Iterator[None]:
 
 def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
     helps = suggest_savings(planner, rows, planner.config.model.max_seq_length)
-    return TrainingFailed(f"out of memory with micro-batches of {rows} rows: try {helps}")
+    return TrainingFailed(f"out of memory with micro-batch size {rows}: try {helps}")
 
 
 def suggest_savings(planner: Planner, rows: int, length: int) -> str:
@@ -422,16 +437,19 @@ def show_plan(config: Config) -> int:
     if not machine.present:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
-        say(name, f"{size / 1e9:9.3f} GB")
+        if size:
+            say(name, f"{size / 1e9:9.3f} GB")
     say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
-    assumed = f"per step: {rows:,} rows of model.max_seq_length={length:,} tokens, all full: real samples are shorter"
+    assumed = (
+        f"per step: {rows:,} sequences of model.max_seq_length={length:,} tokens, all full: real samples are shorter"
+    )
     say("tokens", f"{rows * length:9,} {assumed}")
     recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
     work = gflop_per_token(decoder, planner.counts, config, length, recomputed)
     say("work", f"{work:9.3g} GFLOP per token")
     if machine.present:
         reached = matmul_gflop_s(machine.device, machine.dtype, decoder.hidden_size, decoder.intermediate_size)
-        say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products here")
+        say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products on this machine")
         if share := EFFICIENCY.get(kind):
             tokens_s, tokens = share * reached / work, rows // config.system.ranks * length
             reach = f"{share:.0%} of it is reached; {tokens / tokens_s:,.1f} s per step"
@@ -440,14 +458,14 @@ def show_plan(config: Config) -> int:
             say("speed", f"at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * unit, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
-    say("micro-batch", f"{most} rows of {length} tokens fit, with every block recomputed")
+    say("micro-batch", f"{most} sequences of {length} tokens fit, with every block recomputed")
     for warning in plan_warnings(planner, files, length, None):
         print(f"warning: {warning}")
     if plan.peak > room:
         fewer = "training.micro_batch_size=auto, or lower model.max_seq_length"
         fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
         raise UserError(
-            f"training.micro_batch_size: {config.micro_batch_rows()} rows of {length} tokens take "
+            f"training.micro_batch_size: {config.micro_batch_rows()} sequences of {length} tokens take "
             f"{plan.peak / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available: {fix}"
         )
     return 0

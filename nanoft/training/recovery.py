@@ -34,7 +34,7 @@ def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) 
     if ctx.run.has_metrics:
         ctx.run.log("warning", state.step, what="out of memory", micro_batch_rows=state.micro_batch_rows)
     ctx.run.print(
-        f"warning: out of memory after step {state.step} with micro-batches of {rows} rows: retrying with "
+        f"warning: out of memory after step {state.step} with micro-batch size {rows}: retrying with "
         f"{state.micro_batch_rows}; same samples per step, same loss"
     )
     return state
@@ -102,5 +102,5 @@ def warn_of_window(ctx: TrainContext, state: TrainState, what: str, bad: SkipSte
     figures = {"loss": str(bad.loss), "grad_norm": str(bad.grad_norm), "window": bad.window.position}
     ctx.run.log("warning", state.step, what=what, **figures, records=records)
     first = ", ".join(Path(record).name for record in records[:4])
-    done = "the step is taken all the same" if what == "spike" else "window skipped"
+    done = "the step is taken anyway" if what == "spike" else "window skipped"
     ctx.run.print(f"warning: after step {state.step}: {bad.reason}: {done}: {first}")

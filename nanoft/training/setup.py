@@ -39,7 +39,7 @@ from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
 from nanoft.io.bars import Bar
 from nanoft.io.hub import use_cache
-from nanoft.io.tables import format_duration
+from nanoft.io.tables import format_duration, wrap
 from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
 from nanoft.lora import disabled
@@ -50,6 +50,7 @@ from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_
 from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES, trains_score
+from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.runtime import distributed
 from nanoft.runtime.device import Machine, describe_device, library_versions
 from nanoft.runtime.memory import peak_memory_gb
@@ -171,11 +172,11 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
     read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
-    room = config.sample_length
-    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, learns))
+    most = config.sample_length
+    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, most, seed, run.print, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     if config.sampled_tokens:
-        corpus = with_room_for_answers(corpus, room, run)
+        corpus = with_room_for_answers(corpus, length - config.sampled_tokens, run)
     needed = {
         f"training.early_stopping_patience: {t.early_stopping_patience}": t.early_stopping_patience,
         "evaluation.on_start: true": config.evaluation.on_start,
@@ -218,10 +219,10 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
 
 
 def with_room_for_answers(corpus: PreparedDataset, room: int, run: Run) -> PreparedDataset:
-    """The samples whose prompts are whole: answers are sampled to prompts as they stand in the files."""
-    training, validation = (corpus.untruncated(side) for side in (corpus.training, corpus.validation))
+    """The samples whose prompts have at most `room` tokens."""
+    training, validation = (side[prompt_lengths(side) <= room] for side in (corpus.training, corpus.validation))
     if lost := len(corpus.training) + len(corpus.validation) - len(training) - len(validation):
-        run.print(f"warning: {lost:,} samples of more than {room} tokens leave no room for answers: left out")
+        run.print(f"warning: {lost:,} prompts of more than {room} tokens leave no room for answers: skipped")
     if not len(training):
         raise UserError(f"model.max_seq_length: no prompt leaves room for an answer in {room} tokens: raise it")
     return replace(corpus, training=training, validation=validation)
@@ -246,11 +247,11 @@ def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
     for name in SHAPE:
         own, default, theirs = (getattr(settings, name) for settings in (lora, LoRAConfig(), start.lora))
         if own not in (default, theirs):
-            raise UserError(f"lora.{name}: {own}: {source} has {theirs}, and its shape stays: remove lora.{name}")
+            raise UserError(f"lora.{name}: {own}: {source} has {theirs}, which cannot be changed: remove lora.{name}")
         taken[f"lora.{name}"] = theirs
     tokens = config.model.add_tokens
     if tokens not in ((), start.add_tokens):
-        raise UserError(f"model.add_tokens: the tokens of {source} stay: remove it, or merge that adapter first")
+        raise UserError(f"model.add_tokens: {source} has its own tokens: remove it, or merge that adapter first")
     return with_score(config.override({**taken, "model.add_tokens": start.add_tokens})), start
 
 
@@ -383,21 +384,22 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     shape = ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed
     say(f"attention {kernels.describe_attention(ctx.model, *shape)}")
     longest = int(max(samples.lengths.max() for samples in (ctx.corpus.training, ctx.validation) if len(samples)))
+    longest = min(longest, c.model.max_seq_length)  # all that the model reads of it
     for warning in plan_warnings(ctx.planner, ctx.files, longest, ctx.total_steps):
         say(f"warning: {warning}")
     if c.logging.show_example:
         say(f"example   {ctx.tokenizer.highlight_targets(ctx.batches.samples[0], color=sys.stdout.isatty())}")
     if state.step:
         say(f"resuming  after step {state.step} of {ctx.total_steps}")
-    left, epochs = ctx.total_steps - state.step, f"{ctx.corpus.report['epochs']:.3g} epochs"
+    left, epochs = ctx.total_steps - state.step, f"{(n := ctx.corpus.report['epochs']):.3g} epoch{'s' * (n != 1)}"
     duration = format_duration(left * seconds_per_step)
     duration += ", without sampling" if c.sampled_tokens else ""
-    say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} rows, about {duration}")
+    say(f"plan      {left:,} steps ({epochs}) of {c.effective_batch_size()} sequences, about {duration}")
     often = []
     for what, every in (("evaluation", t.eval_steps), ("checkpoint", t.save_steps), ("log", t.log_steps)):
         steps = float(steps_between(every, ctx.total_steps, ctx.corpus.report["steps_per_epoch"]))
         often.append(f"{what} every {steps:g} step{'s' * (steps != 1)}" if steps else f"{what} at the end")
-    say(f"          {', '.join(often)}")
+    say(wrap(f"          {', '.join(often)}", 10))
 
 
 def is_complete(ctx: TrainContext, state: TrainState) -> bool:
@@ -405,7 +407,7 @@ def is_complete(ctx: TrainContext, state: TrainState) -> bool:
     has_steps_left = state.step < ctx.total_steps and not state.should_stop_early(ctx.config.training)
     if has_steps_left or distributed.broadcast_from_rank0(lambda: ctx.run.finished_step() != state.step):
         return False
-    ctx.run.print(f"complete  {ctx.run.directory} has done its {state.step} steps: see report.md there")
+    ctx.run.print(f"complete  {ctx.run.directory}: all {state.step} steps are done: see its report.md")
     return True
 
 

@@ -200,7 +200,7 @@ def test_samples_with_few_target_tokens_are_counted(chat: ChatTokenizer, tmp_pat
     least = counts[1] + 1  # "no" and the end of the turn have one less
     found = build(chat, file, deduplicate=False, min_target_tokens=least)
     assert [int(sample.is_target.sum()) for sample in found.training] == [n for n in counts if n >= least]
-    what = f"a sample has fewer than data.min_target_tokens={least} and is left out"
+    what = f"a sample has fewer than data.min_target_tokens={least} and is skipped"
     assert f"warning: {what}: 2 records, first {tmp_path}/d.jsonl:2" in describe_data(found.report)
     assert found.report["removed"] == {"too few target tokens": 2}
     with pytest.raises(UserError, match=r"none of 5 records is left \(5 too few target tokens\)"):
@@ -453,7 +453,7 @@ def test_conversations_are_compared_by_their_whole_prompt(chat: ChatTokenizer, t
     training = write(tmp_path / "a.jsonl", [same_opening(n) for n in range(40)])
     found = build(chat, training, validation_size=10)
     assert (len(found.training), len(found.validation), found.report["removed"]) == (30, 10, {})
-    said = "data      held out 10 of 40 records for validation: records with equal prompts together"
+    said = "data      held out 10 of 40 records for validation: equal prompts together"
     assert said in describe_data(found.report)
     others = write(tmp_path / "b.jsonl", [same_opening(3), same_opening(99), {"messages": talk("Hi", "Good day.")}])
     found = build(chat, training, validation_file=others)
@@ -480,7 +480,7 @@ def test_where_all_prompts_are_equal_answers_are_held_out(chat: ChatTokenizer, t
     assert (len(found.training), len(found.validation), found.report["removed"]) == (30, 10, {})
     assert lines_of(found, found.validation) != lines_of(other, other.validation)
     said = "\n".join(describe_data(found.report))
-    assert "held out 10 of 40 records for validation: records with equal prompts together, except prompts that" in said
+    assert "held out 10 of 40 records for validation: equal prompts together, except prompts that" in said
     assert "30 training records have the prompt of a validation record: kept, since that prompt is frequent" in said
     assert "near duplicates" not in said
 

@@ -216,8 +216,7 @@ def test_a_conversation_that_outgrows_the_context_drops_its_oldest_questions_and
     said = capsys.readouterr().err.splitlines()
     assert said
     assert all(
-        line == f"the oldest question does not fit into the context of {3 * length} tokens any more: dropped"
-        for line in said
+        line == f"the oldest question does not fit into the context of {3 * length} tokens: dropped" for line in said
     )
 
 

@@ -204,7 +204,7 @@ def test_out_of_memory_at_one_unit_ends_with_3(
     in_the_loop(monkeypatch, "run_block", no_memory, nanoft.model)
     assert train.main(on(root, tmp_path / "run", objective, **SHORT)) == 3
     captured = capsys.readouterr()
-    assert one_line(captured.err).startswith("failed: out of memory with micro-batches of 1 rows: try ")
+    assert one_line(captured.err).startswith("failed: out of memory with micro-batch size 1: try ")
     assert captured.out.count("warning: out of memory after step 0") == 2  # 4 rows, 2 rows
 
 

@@ -104,7 +104,7 @@ def test_three_ranks_and_memory_that_is_short_on_one(tmp_path: Path) -> None:
     assert train.main(quick(whole, **EXACT, **split)) == 0
     out, err = run(3, directory, SHORT_ON_ONE, **{**split, "training__gradient_accumulation_steps": 2})
     assert codes(directory) == {0: 0, 1: 0, 2: 0}, err
-    assert "with micro-batches of 3 rows: retrying with 2" in out
+    assert "with micro-batch size 3: retrying with 2" in out
     assert [loss for _, loss in losses(directory)] == pytest.approx([loss for _, loss in losses(whole)], abs=1e-6)
     close(result(directory), result(whole), 1e-5)
 
@@ -423,7 +423,7 @@ def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
         ({"training__learning_rat": 1}, "training.learning_rat"),
         (
             {"training__micro_batch_size": "auto", "training__gradient_accumulation_steps": 5},
-            "error: training.gradient_accumulation_steps: 5 rows a step cannot be split evenly over 2 processes",
+            "training.gradient_accumulation_steps: a step of 5 sequences cannot be split evenly over 2 processes",
         ),
     ],
 )
@@ -475,7 +475,7 @@ def test_rows_by_memory_are_shared_evenly() -> None:
     auto = Config().override({"training.micro_batch_size": "auto", "training.gradient_accumulation_steps": 7})
     auto = auto.override({"system.ranks": 2, "system.device": "cpu"})
     planner = Planner.of(auto, Machine.detect(auto), decoder_config(MISTRAL_7B))
-    with pytest.raises(UserError, match=r"7 rows a step .* over 2 processes: set it to 6"):
+    with pytest.raises(UserError, match=r"a step of 7 sequences .* over 2 processes: set it to 6"):
         resolve_micro_batch_size(planner, None)
 
 

@@ -55,7 +55,7 @@ REFUSED = {
     "a metric that there is not": (["evaluation.metrics=bleux"], "settings", "did you mean bleu?"),
     "a model that is not there": (["model.name=no/where/at/all"], "model", "no/where/at/all"),
     "data that is not there": (["data.train_file=README.md,nothing.jsonl"], "data", "nothing.jsonl: no such file"),
-    "too long": (["model.max_seq_length=10000000"], "room", "a row of 10,000,000 tokens take"),
+    "too long": (["model.max_seq_length=10000000"], "room", "a sequence of 10,000,000 tokens take"),
 }
 
 

@@ -112,7 +112,7 @@ def test_a_row_that_has_no_room_is_refused() -> None:
     assert check_room(planner, 1024).passed
     check = check_room(planner, 10**9)
     assert not check.passed
-    assert check.found.startswith("the model and a row of 1,000,000,000 tokens take ")
+    assert check.found.startswith("the model and a sequence of 1,000,000,000 tokens take ")
     assert check.fix.startswith("set model.max_seq_length=500000000 (saves about ")
 
 
@@ -245,4 +245,4 @@ def test_out_of_memory_at_the_rehearsal_halves_too(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(preflight, "rehearse", failing)
     assert train.main(quick(tmp_path / "run")) == 0
-    assert "with micro-batches of 4 rows: retrying with 2" in capsys.readouterr().out
+    assert "with micro-batch size 4: retrying with 2" in capsys.readouterr().out

@@ -183,7 +183,7 @@ def test_out_of_memory_with_one_row_ends_with_3_and_what_would_help_most(
     in_the_loop(monkeypatch, "token_nll", no_memory, sft)
     assert train.main(quick(tmp_path / "run")) == 3
     captured = capsys.readouterr()
-    assert captured.err.startswith("failed: out of memory with micro-batches of 1 rows: try ")
+    assert captured.err.startswith("failed: out of memory with micro-batch size 1: try ")
     assert captured.err.count(" (saves about ") == 3
     assert captured.out.count("warning: out of memory after step 0") == 2  # 4 rows, 2 rows
 

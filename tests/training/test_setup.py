@@ -350,9 +350,9 @@ def test_training_continues_from_an_adapter_with_its_shape(tmp_path: Path, capsy
     assert adapter[rows].shape == (2, 32)
     capsys.readouterr()
     for changes, said in [
-        ({"lora__rank": 4}, f"lora.rank: 4: {first} has 3, and its shape stays: remove lora.rank"),
+        ({"lora__rank": 4}, f"lora.rank: 4: {first} has 3, which cannot be changed: remove lora.rank"),
         ({"lora__init": "pissa"}, "lora.init: pissa: the adapter starts from"),
-        ({"model__add_tokens": ("<|b|>",)}, f"model.add_tokens: the tokens of {first} stay"),
+        ({"model__add_tokens": ("<|b|>",)}, f"model.add_tokens: {first} has its own tokens"),
         ({"training__method": "full"}, "needs training.method=lora"),
     ]:
         with pytest.raises(AssertionError):
