@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -77,23 +78,15 @@ def loss() -> None:
 
 
 def reward() -> None:
-    from nanoft.metrics.rewards import Answered, reward_function
-
-    score, wanted = (
-        reward_function("tool_reward:tool_call"),
-        {"name": "send_note", "arguments": {"to": "Ida", "text": "Hi"}},
-    )
-
-    def reward_of(answer: Any) -> float:
-        text, reference = answer if isinstance(answer, str) else json.dumps(answer), json.dumps(wanted)
-        messages = [{"role": "user", "content": "Write Ida: Hi"}, {"role": "assistant", "content": reference}]
-        return float(score(Answered("Write Ida: Hi", text, reference, {"messages": messages}, "made:1")))
-
-    half = wanted | {"arguments": {"to": "Eva", "text": "Hi"}}
-    found = [reward_of(answer) for answer in ("Hi", {"name": "play_song", "arguments": {}}, half, wanted)]
-    assert found[0] == 0.0, found
-    assert found[-1] == 1.0, found
+    tool_call = importlib.import_module("tool_reward").tool_call
+    wanted = {"name": "send_note", "arguments": {"to": "Ida", "text": "Hi"}}
+    asked, said = {"role": "user", "content": "Write Ida: Hi"}, {"role": "assistant", "content": json.dumps(wanted)}
+    nearly = wanted | {"arguments": {"to": "Eva", "text": "Hi"}}
+    answers = ["Hi", json.dumps({"name": "play_song", "arguments": {}}), json.dumps(nearly), json.dumps(wanted)]
+    found = [tool_call("Write Ida: Hi", answer, {"messages": [asked, said]}) for answer in answers]
     assert found == sorted(set(found)), f"the nearer an answer, the larger its reward: {found}"
+    assert (found[0], found[-1]) == (0.0, 1.0), found
+    assert [tool_call("", answer, {"messages": [asked, said]}) for answer in ("[1]", '"text"', "7", "")] == [0.0] * 4
 
 
 def adapter() -> None:
