@@ -423,7 +423,7 @@ def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
         ({"training__learning_rat": 1}, "training.learning_rat"),
         (
             {"training__micro_batch_size": "auto", "training__gradient_accumulation_steps": 5},
-            "error: training.gradient_accumulation_steps: a step of 5 sequences cannot be split evenly over 2 processes",
+            "training.gradient_accumulation_steps: a step of 5 sequences cannot be split evenly over 2 processes",
         ),
     ],
 )
