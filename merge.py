@@ -53,7 +53,7 @@ from nanoft.batches import Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export import merge as export
 from nanoft.export import model_card, verify
-from nanoft.export.gguf_file import export_gguf
+from nanoft.export.gguf import export_gguf
 from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
 from nanoft.io.atomic import new_directory, require_new, write_file, write_json

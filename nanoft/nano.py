@@ -49,7 +49,7 @@ def encode(chat: Chat, tokenizer: Tokenizer) -> Sample:
 
 
 def prompt_hash(chat: Chat) -> str:
-    """The chats with the smallest hashes are held out: equal prompts together, in whatever order the file is."""
+    """The chats with the smallest hashes are held out: which ones does not depend on the order of the file."""
     return hashlib.sha256(("0\0" + "\n".join(message["content"] for message in chat[:-1])).encode()).hexdigest()
 
 

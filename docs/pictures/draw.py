@@ -37,7 +37,7 @@ from nanoft.batches import Batch, Sample, TokenDataset, collate  # noqa: E402
 from nanoft.config.loading import load_file  # noqa: E402
 from nanoft.data.chat_tokenizer import ChatTokenizer  # noqa: E402
 from nanoft.models.families import decoder_config  # noqa: E402
-from nanoft.runtime.machine import Machine  # noqa: E402
+from nanoft.runtime.device import Machine  # noqa: E402
 from nanoft.training.memory_plan import Plan, Planner  # noqa: E402
 
 DARK, GRAY, PALE, TARGET = "#24292f", "#6e7781", "#e7eaee", "#f4b860"

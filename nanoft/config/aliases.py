@@ -288,9 +288,9 @@ RULES = [
 def names_of_grpo(file: Mapping[str, Any]) -> dict[str, Alias]:
     """Names that mean something else in a file for GRPO, or that depend on others there; none for other objectives."""
     said = file.get("rl") == "grpo" or file.get("strategy") == "rlhf" or file.get("num_generations")
-    if not said and file.get("loss_type") not in [*GRPO_LOSSES]:
+    if not said and str(file.get("loss_type")).strip("[']") not in GRPO_LOSSES:
         return {}
-    rows = file.get("per_device_train_batch_size") or TrainingConfig.micro_batch_size
+    rows: Any = file.get("per_device_train_batch_size") or TrainingConfig.micro_batch_size
     group, high = file.get("num_generations") or RLConfig.group_size, file.get("epsilon_high")
 
     def prompts(steps: Any) -> Any:
@@ -307,8 +307,6 @@ def names_of_grpo(file: Mapping[str, Any]) -> dict[str, Alias]:
 def translate(file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterable[Rule], where: str) -> list[Meaning]:
     """What became of each name; a null is the same as no setting. `where` they stand is for messages."""
     table = {**table, **names_of_grpo(file)}
-    if file.get("bf16") is True and file.get("fp16") is True:
-        raise UserError("bf16 and fp16: both are true: remove one of them")
     reasons = {
         name: f"no effect with {other}: {json.dumps(file.get(other), default=str)}"
         for rule in rules

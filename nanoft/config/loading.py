@@ -208,19 +208,18 @@ def _without_functions(config: Config, given: Collection[str], is_of_run: bool) 
 
     A run's config.json is read without its own metrics; its own data.format and rewards are marked as untrusted.
     """
-    metrics, data_format = config.evaluation.metrics, config.data.format
-    rewards = [name for name in config.rl.reward if not name.startswith(RUN)]
-    named = {"data.format": [data_format], "evaluation.metrics": list(metrics), "rl.reward": rewards}
-    functions = {path: [name for name in names if is_function(name)] for path, names in named.items() if path in given}
-    for path, names in functions.items():
-        if names and not is_of_run:
-            fix = f"write one, or give {path}={names[0]} on the command line"
-            raise UserError(f"{path}: {names[0]}: would run code, which only a Python config may ask for: {fix}")
-    kept = tuple(name for name in metrics if name not in functions.get("evaluation.metrics", ()))
-    data_format = UNTRUSTED + data_format if functions.get("data.format") else data_format
-    own = functions.get("rl.reward", ())
-    marked = tuple(UNTRUSTED * (name in own) + name for name in config.rl.reward)
-    return config.override({"evaluation.metrics": kept, "data.format": data_format, "rl.reward": marked})
+    metrics, data_format, rewards = config.evaluation.metrics, config.data.format, config.rl.reward
+    named = {"data.format": (data_format,), "evaluation.metrics": metrics, "rl.reward": rewards}
+    own = set[str]()
+    for path in (path for path in named if path in given):
+        functions = [name for name in named[path] if is_function(name) and not name.startswith(RUN)]
+        if functions and not is_of_run:
+            fix = f"write one, or give {path}={functions[0]} on the command line"
+            raise UserError(f"{path}: {functions[0]}: would run code, which only a Python config may ask for: {fix}")
+        own.update(functions)
+    kept = tuple(name for name in metrics if name not in own)
+    marked = [tuple(UNTRUSTED * (name in own) + name for name in names) for names in ((data_format,), rewards)]
+    return config.override({"evaluation.metrics": kept, "data.format": marked[0][0], "rl.reward": marked[1]})
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

@@ -50,13 +50,6 @@ def between(low: float, high: float, *types: type, bounds: str = "[]") -> Callab
     return check
 
 
-def filled(value: Any) -> Any:
-    """A text that is not empty."""
-    if not str(value).strip():
-        raise ValueError("cannot be empty")
-    return value
-
-
 def pairs(text: str) -> dict[str, str]:
     """'a=b c=d' -> {a: b, c: d}."""
     return dict(pair.split("=") for pair in text.split())
@@ -92,8 +85,7 @@ MODELFORGE_ONLY = {
 }
 MODELFORGE_NAMES = {
     **MODELFORGE_ONLY,
-    "model_name": Alias("model.name", filled),
-    "dataset": Alias("data.train_file", filled),
+    "dataset": Alias("data.train_file"),
     "use_4bit": Alias("quantization.bits", {True: 4, False: 16}),
     "lora_r": Alias("lora.rank", between(1, 256, int)),
     "num_train_epochs": Alias("training.num_epochs", between(1, float("inf"), int)),
@@ -228,9 +220,7 @@ def recognize(tree: Mapping[str, Any]) -> Schema | None:
 def for_compute_specs(file: Mapping[str, Any], load: Callable[[str], Config]) -> Settings:
     """What the config for compute_specs, which `load` reads, supplies to a ModelForge file."""
     if (given := file.get("compute_specs")) not in list(COMPUTE_SPECS):
-        raise UserError(
-            f"compute_specs: {given!r:.60}: set low_end (4-6 GB), mid_range (8-12 GB) or high_end (16 GB up)"
-        )
+        raise UserError(f"compute_specs: {given!r:.60}: set low_end (4-6 GB), mid_range (8-12 GB) or high_end (16 GB)")
     if file.get("provider") == "unsloth" and file.get("max_seq_length", 1) in (None, -1):
         raise UserError("max_seq_length: unsloth needs a number: set it, for example to 2048")
     config = load(COMPUTE_SPECS[given]).flat()

@@ -411,8 +411,8 @@ class Config:
 
     @property
     def sample_length(self) -> int:
-        """The most tokens of a sample of the data: there is room for those that training samples."""
-        return self.model.max_seq_length - self.sampled_tokens
+        """The most tokens of a sample of the data; any, if training samples answers in the place of its own."""
+        return 2**31 - 1 if self.sampled_tokens else self.model.max_seq_length
 
 
 def _refuse(broken: object, message: str) -> None:

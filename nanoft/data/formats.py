@@ -258,14 +258,12 @@ SHAPES = {
     "text": Shape(("text",), ("text",), None),
 }
 TURNS = (*preferences.TURNS, "completion", "chosen", "rejected")  # fields that hold lists of turns
+CHATS = {name: shape for name, shape in SHAPES.items() if shape.to_messages}
 SHAPES_OF: dict[Learns, dict[str, Shape]] = {  # those that an objective can learn from
     "turns": SHAPES,
     "pairs": PAIR_SHAPES,
-    "labels": {**PAIR_SHAPES, **{name: shape for name, shape in SHAPES.items() if shape.to_messages}},
-    "prompts": {
-        **{name: shape for name, shape in SHAPES.items() if shape.to_messages},
-        "prompt": Shape(("prompt",), ("system", "prompt", "tools"), _prompt),
-    },
+    "labels": PAIR_SHAPES | CHATS,
+    "prompts": CHATS | {"prompt": Shape(("prompt",), ("system", "prompt", "tools"), _prompt)},
 }
 
 

@@ -25,9 +25,10 @@ SAMPLES_CHECKED = 2000  # evenly spread
 CONVERSATIONS_CHECKED = 32  # rendered again
 
 
-def check_embeddings(corpus: PreparedDataset, vocab_size: int, positions: int) -> None:
+def check_embeddings(corpus: PreparedDataset, vocab_size: int, positions: int, max_seq_length: int) -> None:
     """Raise a UserError if a token or a position (0: none are learned) would be read beyond the model's embedding."""
     longest = max(int(samples.lengths.max()) for samples in (corpus.training, corpus.validation) if len(samples))
+    longest = min(longest, max_seq_length)
     if 0 < positions < longest:
         raise UserError(f"model.max_seq_length: samples have up to {longest} tokens: set it to the base's {positions}")
     largest = max((int(ids.max()) for ids in _training_ids(corpus)), default=0)

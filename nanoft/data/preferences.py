@@ -22,7 +22,7 @@ UNLABELED, UNDESIRABLE = "no label", "undesirable label"
 TURNS = ("prompt", "conversations", "messages")  # fields that may hold turns
 ASKED = (*TURNS, "question", "instruction", "input")  # fields of a prompt: the first one counts
 TEXTS = ("answer", "response", "content", "text", "value", "completion")  # fields of a ranked answer: what it says,
-RANKS, SCORES = ("rank",), ("score", "overall_score", "reward")  # its place (1 is best), or a number (more is better)
+PLACES = ("rank", "score", "overall_score", "reward")  # its place (1 is best), or a number (more is better)
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of a dialogue in one text, as Anthropic's HH data has it
 
 
@@ -113,12 +113,12 @@ def _ranked(record: dict[str, Any]) -> list[list[Message]]:
     if all(isinstance(answer, str) for answer in answers):
         texts, places = answers, [float(place) for place in range(len(answers))]
     else:
-        fields = [(_field(a, TEXTS), _field(a, RANKS), _field(a, SCORES)) for a in answers]
-        if any(text is None or (rank is None and score is None) for text, rank, score in fields):
+        fields = [(_field(answer, TEXTS), _field(answer, PLACES)) for answer in answers]
+        if any(None in found for found in fields):
             raise BadRecord(f"answers: each needs its text ({', '.join(TEXTS)}) and its rank or score")
-        texts = [answer[text] for answer, (text, *_) in zip(answers, fields, strict=True)]
-        keys = zip(answers, fields, strict=True)
-        places = [number_of(a, rank) if rank else -number_of(a, score) for a, (_, rank, score) in keys]
+        texts = [answer[text] for answer, (text, _) in zip(answers, fields, strict=True)]
+        numbers = [number_of(answer, place) for answer, (_, place) in zip(answers, fields, strict=True)]
+        places = [n if place == "rank" else -n for n, (_, place) in zip(numbers, fields, strict=True)]
     said = [text_of({"answers": text}, "answers") for text in texts]
     order = sorted((at for at in range(len(said)) if said[at].strip()), key=lambda at: places[at])
     worse = [at for at in order if places[at] > places[order[0]] and said[at] != said[order[0]]]

@@ -43,7 +43,7 @@ MAX_AT_ONCE = 16  # times the output: estimated characters of one value
 MAX_WIDTH = 999  # of a field in a format; of an argument in TAKING_LONG
 MAX_BITS = 256  # of an integer
 MAX_OPERATORS = 64  # unchecked + and ~ in one expression
-MAX_STEPS = 1_000_000  # iterations, macro and filter calls of one rendering
+MAX_STEPS = 1_000_000  # iterations, calls, comparisons and values of one rendering
 MAX_SECONDS = 5.0  # of this thread's processor time, per rendering
 # Not needed by templates, and each can take minutes or gigabytes.
 UNUSED_METHODS = ("encode", "to_bytes", "translate", "maketrans", "striptags", "unescape", "expandtabs", "zfill")
@@ -83,7 +83,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if len(source) > MAX_SOURCE:
             raise LimitExceeded(f"{len(source):,} characters: the limit is {MAX_SOURCE:,}")
         self._begin({})
-        code = self.compile(_Counted().visit(self.parse(source)))
+        code = self.compile(_Tracked().visit(self.parse(source)))
         assert isinstance(code, CodeType)
         return Template.from_code(self, code, self.make_globals(None))
 
@@ -96,17 +96,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.limit = MAX_OUTPUT + 4 * sum(_size(value) for value in variables.values())
         self.made, self.steps, self.deadline = 0, 0, float("inf")
 
-    def count_step(self) -> None:
-        """Called in each iteration and macro, and before each call and comparison."""
+    def track(self, value: Any = None) -> Any:
+        """Count a step, and the size of a value, lists and objects as they would be written out."""
         self.steps += 1
         if self.steps % 64 == 0:
             now = time.thread_time()  # slow on some machines
             self.deadline = min(self.deadline, now + MAX_SECONDS)
             if self.steps > MAX_STEPS or now > self.deadline:
                 raise LimitExceeded(f"it takes more than {MAX_STEPS:,} steps, or {MAX_SECONDS:g} seconds")
-
-    def track(self, value: Any) -> Any:
-        """Count the size of a value, lists and objects as they would be written out."""
         if isinstance(value, (str, list, tuple, dict, Namespace)):
             self.made += self._fits(_size(value, self.limit), 1)
             self._fits(self.made, MAX_MADE)
@@ -117,10 +114,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         pieces = list(pieces)
         self._fits(sum(map(len, pieces)), 1)
         return "".join(pieces)
-
-    def compared(self, value: Any) -> Any:  # a comparison may go through a million values
-        self.count_step()
-        return value
 
     def _fits(self, size: int, times: int) -> int:
         """Return the size; raise LimitExceeded if it is more than `times` the limit."""
@@ -145,8 +138,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         method = getattr(function, "__wrapped__", function)  # Jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(function, "__name__", "")
         if owner is self:
-            return function(*args)  # what _Counted has put there
-        self.count_step()
+            return function(*args)  # what _Tracked has put there
         for value in (*args, *kwargs.values()):
             self.track(value)
         if isinstance(owner, str):
@@ -162,7 +154,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)  # keeps Jinja's attributes
         def checked(*args: Any, **kwargs: Any) -> Any:
-            self.count_step()
             given = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, MACHINERY)]
             for arg in given:
                 if not isinstance(arg, str):
@@ -182,9 +173,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if name in ("format", "format_map"):
             self._checked_form(str(subject), _size(list(others)))
         if name == "indent" and not isinstance(subject, str):
-            raise TemplateError(
-                f"indent: {type(subject).__name__} is not a string"
-            )  # it would extend a list of messages
+            raise TemplateError("indent: not a string")  # it would extend a list of messages
         if name in TAKING_LONG:
             for value in (subject, *others) if name == "int" else others:
                 if (len(value) if isinstance(value, str) else abs(value) if isinstance(value, int) else 0) > MAX_WIDTH:
@@ -212,35 +201,36 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return text
 
 
-class _Counted(NodeTransformer):
-    """Insert counters into loops, macros and comparisons, and track literals and assigned values.
+class _Tracked(NodeTransformer):
+    """Count iterations, macro calls and comparisons, and track literals and assigned values.
 
     Between two of these an expression combines only as many values as it has operators, so + and ~ are not checked
     unless there are very many.
     """
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        def call(method: str, *arguments: Any) -> Any:  # of the environment, which a template cannot name
-            return nodes.Call(nodes.EnvironmentAttribute(method), [*arguments], [], None, None).set_lineno(node.lineno)
+        def track(value: Any) -> Any:  # by a method of the environment, which a template cannot name
+            method = nodes.EnvironmentAttribute("track")
+            return nodes.Call(method, [value], [], None, None).set_lineno(node.lineno)
 
         operators = sum(1 for _ in node.find_all((nodes.Add, nodes.Concat))) if isinstance(node, nodes.Add) else 0
         self.generic_visit(node)
         match node:
             case nodes.For() | nodes.Macro() | nodes.CallBlock():
-                node.body.insert(0, nodes.ExprStmt(call("count_step")).set_lineno(node.lineno))
+                node.body.insert(0, nodes.ExprStmt(track(nodes.Const(None))).set_lineno(node.lineno))
             case nodes.Assign():
-                node.node = call("track", node.node)
+                node.node = track(node.node)
             case nodes.With():
-                node.values = [call("track", value) for value in node.values]
-            case nodes.Compare():
-                quick = all(part.op not in ("in", "notin") and isinstance(part.expr, nodes.Const) for part in node.ops)
-                return node if quick else call("compared", node)
-            case nodes.Add() if operators >= MAX_OPERATORS:
-                return call("track", node)
+                node.values = [track(value) for value in node.values]
             case nodes.Concat():
-                node.nodes = [call("track", part) for part in node.nodes]
+                node.nodes = [track(part) for part in node.nodes]
+            case nodes.Add() if operators >= MAX_OPERATORS:
+                return track(node)
+            case nodes.Compare():  # may go through a million values
+                quick = all(part.op not in ("in", "notin") and isinstance(part.expr, nodes.Const) for part in node.ops)
+                return node if quick else track(node)
             case nodes.Getitem(arg=nodes.Slice()) | nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load"):
-                return call("track", node)
+                return track(node)
         return node
 
 

@@ -254,14 +254,13 @@ def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
     """The `answers` object of report.json: every prompt with its answers, the worst ones, who won."""
     if not inputs.tuned.completions:
         return {}
-    each: list[dict[str, Any]] = []
-    for c in inputs.tuned.completions:
-        each.append({"prompt": c.prompt, "reference": c.reference, "tuned": c.answer})
-        each[-1] |= {"rewards": c.rewards} if c.rewards else {}
+    each: list[dict[str, Any]] = [
+        {"prompt": c.prompt, "reference": c.reference, "tuned": c.answer, **(c.rewards and {"rewards": c.rewards})}
+        for c in inputs.tuned.completions
+    ]
     if inputs.base and outcome:
         for line, before, word in zip(each, inputs.base.completions, outcome, strict=True):
-            line |= {"base": before.answer, "outcome": word}
-            line |= {"base_rewards": before.rewards} if before.rewards else {}
+            line.update({"base_rewards": before.rewards} if before.rewards else {}, base=before.answer, outcome=word)
     counts: dict[str, Any] = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
     counts |= {"win_rate": win_rate(outcome, inputs.seed)} if outcome else {}
     return {"metric": inputs.primary, **counts, "worst": worst(inputs), "each": each}

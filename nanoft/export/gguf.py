@@ -4,15 +4,22 @@ A GGUF file is a list of metadata and a list of tensors. The metadata must be co
 a default for what is missing. The tensors are those of the Hugging Face files under other names, but some graphs of
 llama.cpp (nanoft/export/gguf_graphs.py), such as that of Llama and Mistral, rotate neighbors (x0, x1), (x2, x3), ...
 where Hugging Face rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ... So the rows of q and k, and their biases, are permuted.
+
+Beside the file stand a Modelfile for Ollama and prompts with expected answers. Ollama does not read the chat template
+in a GGUF file; it has a template language of its own (Go's). A template that only puts fixed texts around messages is
+translated; for any other, the Modelfile says that prompts must be sent raw.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,18 +32,21 @@ from torch import Tensor
 
 from nanoft import UserError
 from nanoft.batches import Sample
-from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.chat_tokenizer import ChatTokenizer, Message, TemplateRefusal
+from nanoft.export import merge, verify
 from nanoft.export.gguf_graphs import GRAPHS, add_shape, architecture, rope_tensors
 from nanoft.export.gguf_tokenizer import Vocabulary, read_vocabulary
-from nanoft.export.merge import EXPORT_DTYPES, Onto, check_room, weights_of
-from nanoft.export.streaming import Rows
-from nanoft.export.verify import TOLERANCE, Proof, compare, hidden_states, next_tokens, prove
+from nanoft.export.merge import EXPORT_DTYPES, Onto
+from nanoft.export.model_card import model_card, parity_record
+from nanoft.export.streaming import Rows, StreamedDecoder, open_rows
+from nanoft.export.verify import TOLERANCE, Proof
+from nanoft.io.atomic import new_directory, require_new, write_file, write_json
 from nanoft.io.bars import track
 from nanoft.model import MLP_INPUTS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import only_linears
 from nanoft.models.families import file_name
-from nanoft.models.model_files import ModelFiles
-from nanoft.models.open import LoadedModel
+from nanoft.models.model_files import ModelFiles, find_model
+from nanoft.models.open import LoadedModel, find_adapter, is_run, open_chat_tokenizer, open_model
 from nanoft.perplexity import safe_exp
 
 WRITTEN = (*EXPORT_DTYPES, "q8_0", "q5_0", "q4_0")  # by the gguf package
@@ -66,7 +76,7 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
         parameters = dict(opened.model.named_parameters())
         shapes = {hf_name: tuple(parameter.shape) for hf_name, parameter in parameters.items()}
     else:
-        parameters, weights = {}, replace(weights_of(opened, onto), adapters=opened.adapters)
+        parameters, weights = {}, replace(merge.weights_of(opened, onto), adapters=opened.adapters)
         shapes = weights.shapes
 
     def read(hf_name: str, part: int, parts: int) -> Tensor:
@@ -168,7 +178,7 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
         size_bytes = math.prod(shape) // block * block_bytes
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size_bytes, kind)
         total += size_bytes
-    check_room(out.parent, total)
+    merge.check_room(out.parent, total)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -294,7 +304,7 @@ class GGUFWeights(Rows):
 def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:
     """Compare the logits of the file, read back, with those of base and adapter, in float32; see `prove`."""
     share = TOLERANCE[EXPORT_DTYPES[dtype]] if dtype in EXPORT_DTYPES else QUANTIZED_TOLERANCE.get(dtype, math.inf)
-    return prove(opened, GGUFWeights(path, opened.model.config), prompts, share)
+    return verify.prove(opened, GGUFWeights(path, opened.model.config), prompts, share)
 
 
 @torch.no_grad()
@@ -306,7 +316,7 @@ def perplexity_in_llama_cpp(opened: LoadedModel, path: Path, samples: Sequence[S
     before = np.cumsum([0, *(min(len(sample.ids), LONGEST) for sample in samples)])
     used = [sample for sample, tokens in zip(samples, before, strict=False) if tokens < MEASURED]
     sequences = [sample.ids[-LONGEST:].tolist() for sample in used]
-    targets = next_tokens(sequences, [sample.is_target[-LONGEST:].tolist() for sample in used])
+    targets = verify.next_tokens(sequences, [sample.is_target[-LONGEST:].tolist() for sample in used])
     if not (count := int((targets >= 0).sum())):
         return "perplexity in llama.cpp: not measured: there is no run with held-out samples", {}
     try:
@@ -322,8 +332,156 @@ def perplexity_in_llama_cpp(opened: LoadedModel, path: Path, samples: Sequence[S
         llama.eval(ids)
         logits = torch.from_numpy(llama.scores[: len(ids)]).double()
         nats += F.cross_entropy(logits, following, ignore_index=-1, reduction="sum").item()
-    hidden = hidden_states(opened.model, sequences)
-    own = compare(opened.model, hidden, opened.model, hidden, targets).perplexity
+    hidden = verify.hidden_states(opened.model, sequences)
+    own = verify.compare(opened.model, hidden, opened.model, hidden, targets).perplexity
     figures = {"llama.cpp": safe_exp(nats / count), "nanoft": own, "target_tokens": count}
     said = f"{figures['llama.cpp']:.5g} in llama.cpp, {own:.5g} of base + adapter in float32"
     return f"perplexity on {count:,} held-out tokens: {said}", {"perplexity": figures}
+
+
+# ---- The command, and the companions of the file
+
+
+def export_gguf(args: argparse.Namespace) -> list[str]:
+    """A GGUF file of the merged model (or of a model without an adapter), or of the adapter; returns lines to print."""
+    source, out = args.sources[0], Path(args.out)
+    kind, default = ("model", "f16") if args.format == "gguf" else ("adapter", "f32")
+    dtype, name = args.dtype or default, Path(source).resolve().name
+    with atomic_gguf(out, f"{kind}-{dtype}.gguf") as path:
+        opened = _open(args)
+        if opened.model.config.has_score:
+            raise UserError(f"--format {args.format}: {source} is a reward model, for --format hf or peft: use one")
+        chat = open_chat_tokenizer(source, opened, as_trained=True)
+        samples, prompts = verify.held_out(source, chat)
+        if kind == "model":
+            notes = write_gguf(opened, chat, name, dtype, args.base, path)
+            proof = verify_gguf(opened, path, verify.proof_prompts(chat, samples), dtype)
+            said = f"read back and compared: {proof}"
+            if not proof.holds:
+                raise UserError(f"{out}: {said}: try --dtype f32; nothing was kept")
+            measured, facts = perplexity_in_llama_cpp(opened, path, samples)
+            recipe, notes = modelfile(path.name, chat), [measured, *(f"note: {note}" for note in notes)]
+        else:
+            write_gguf_lora(opened, name, dtype, path)
+            facts, notes, said = {}, [], f"the adapter as GGUF, for a GGUF file of {opened.base_directory}"
+            recipe = modelfile(path.name, chat, str(opened.base_directory))
+        weights = verify.describe_weights(opened, merged=kind == "model")
+        card_path, recipe_path, parity_path = companions(path, out)
+        card = model_card(args.format, opened, source, [said, *notes], file=path.name, recipe=recipe_path.name)
+        write_file(card_path, [card.encode()])
+        write_file(recipe_path, [recipe.encode()])
+        parity = parity_record(opened.model, chat, prompts, args.parity_tokens, weights)
+        write_json(parity_path, parity | facts)
+    return [f"{out}: {said}", *notes]
+
+
+def _open(args: argparse.Namespace) -> LoadedModel:
+    """The adapter on its base, or a model without one; its weights stay on the disk unless it is a checkpoint."""
+    source = args.sources[0]
+    if find_adapter(source) is None and not merge.is_lora_run(source):
+        given = {"--only": args.only, "--weights": args.weights, "--base": args.base != "original"}
+        if unused := [*(flag for flag, value in given.items() if value), *args.sources[1:]]:
+            raise UserError(f"{unused[0]}: {source} has no adapter: remove it")
+        result = Path(source) / "model" if is_run(source) else find_model(source, "RUN|MODEL")
+        if not result.is_dir():
+            return open_model(source, torch.device("cpu"), torch.float32)
+        return LoadedModel(StreamedDecoder(open_rows(result)), {}, result, result)
+    adapter, _ = merge.choose_adapter(args)
+    opened = merge.open_adapter(adapter, args.base)
+    if not args.any_base:
+        merge.require_same_base(adapter)
+    return opened
+
+
+@contextmanager
+def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
+    """Yield where to write a GGUF file: it and its companions get their names together at the end, or are deleted.
+
+    `out` is FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be; or a directory for the file `name`.
+    """
+    if out.suffix != ".gguf":
+        with new_directory(out) as staging:
+            yield staging / name
+        return
+    places = [*companions(out, out), out]
+    for each in places:
+        require_new(each)
+
+    def place(staging: Path, _: Path) -> None:
+        for path in places:
+            os.rename(staging / path.name, path)
+
+    with new_directory(out, place=place) as staging:
+        yield staging / out.name
+
+
+def companions(path: Path, out: Path) -> list[Path]:
+    """Paths of model card, Modelfile and parity file, with the GGUF file's name unless it has its own directory."""
+    prefix = f"{path.stem}." if out.suffix == ".gguf" else ""
+    return [path.with_name(f"{prefix}{name}") for name in ("README.md", "Modelfile", "parity.json")]
+
+
+def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> str:
+    """A Modelfile for Ollama: weights, stop strings, chat template; adapter_of: the base's name of an adapter file."""
+    lines = ["# ollama create NAME -f THIS_FILE"]
+    if adapter_of is None:
+        lines.append(f"FROM ./{file}")
+    else:
+        lines += [f"# The base as GGUF: {adapter_of}", "FROM ./base.gguf", f"ADAPTER ./{file}"]
+    stops = [text for number in chat.stop_ids if (text := chat.tokenizer.id_to_token(number))]
+    lines += [f'PARAMETER stop """{text}"""' if '"' in text else f'PARAMETER stop "{text}"' for text in stops]
+    if template := ollama_template(chat):
+        lines.append(f'TEMPLATE """{template}"""')
+    else:
+        lines.append("# Ollama cannot express this model's chat template. The GGUF file has it, for llama.cpp;")
+        lines.append('# send rendered prompts to Ollama, with "raw": true.')
+    return "\n".join(lines) + "\n"
+
+
+def ollama_template(chat: ChatTokenizer) -> str | None:
+    """The chat template as a Go template; None if it does more than put fixed texts around messages.
+
+    These are found by rendering short conversations and verified by rendering a longer one.
+    """
+    system, *turns = (
+        {"role": role, "content": f"{role.upper()}-{number}"}
+        for number, role in enumerate(["system", "user", "assistant", "user", "assistant", "user"])
+    )
+    try:
+        opening, asked = _gaps(chat, turns[:1])
+        said = _gaps(chat, turns[:2])[-1]
+        later = _gaps(chat, turns[:3])[2].removeprefix(said)
+        if _gaps(chat, turns) != [opening, asked, said + later, asked, said + later, asked]:
+            return None
+    except (TemplateRefusal, ValueError):
+        return None
+    bos = chat.special["bos_token"] if chat.wants_bos else ""  # Ollama adds it itself
+    opening = opening.removeprefix(bos)
+    branches = f"{{{{ if eq $i 0 }}}}{_go(opening)}{{{{ else }}}}{_go(later)}{{{{ end }}}}"
+    before = after = ""
+    with suppress(TemplateRefusal, ValueError):  # many templates have no system message
+        before, after, *rest = _gaps(chat, [system, *turns])
+        if rest != [asked, said + later, asked, said + later, asked]:
+            return None
+        second = '{{ else if and (eq $i 1) (eq (index $.Messages 0).Role "system") }}'
+        branches = branches.replace("{{ else }}", f"{second}{{{{ else }}}}")
+    return (
+        f'{{{{ range $i, $_ := .Messages }}}}{{{{ if eq .Role "system" }}}}{_go(before.removeprefix(bos))}'
+        f'{{{{ .Content }}}}{_go(after)}{{{{ else if eq .Role "user" }}}}{branches}{{{{ .Content }}}}{_go(asked)}'
+        f"{{{{ else }}}}{{{{ .Content }}}}{_go(said)}{{{{ end }}}}{{{{ end }}}}"
+    )
+
+
+def _gaps(chat: ChatTokenizer, messages: Sequence[Message]) -> list[str]:
+    """The texts around messages, the last with the generation prompt; a ValueError if a message is changed."""
+    rest, gaps = chat.render(messages, add_generation_prompt=messages[-1]["role"] == "user"), []
+    for message in messages:
+        before, found, rest = rest.partition(message["content"])
+        if not found:
+            raise ValueError
+        gaps.append(before)
+    return [*gaps, rest]
+
+
+def _go(text: str) -> str:
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

@@ -221,24 +221,19 @@ def hash_remembered(files: Sequence[Path], memory: Path) -> str:
         found = json.loads(memory.read_text(encoding="utf-8"))
         known = found if isinstance(found, dict) else {}
     for file in files:
-        state, before = _state(file), known.get(os.path.abspath(file))
-        if state is not None and isinstance(before, list) and before[:-1] == state:
+        place, state = os.path.abspath(file), list[int]()  # what changes whenever a file does
+        with suppress(OSError):  # hash_content raises it
+            stat = os.stat(file)
+            state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+        at_rest = bool(state) and time.time_ns() - max(state[2:]) > SETTLED
+        before = known.get(place)
+        if at_rest and isinstance(before, list) and before[:-1] == state:
             digests.append(str(before[-1]))
             continue
         digests.append(hash_content(file))
-        if state is not None:
-            known[os.path.abspath(file)] = [*state, digests[-1]]
+        if at_rest:
+            known[place] = [*state, digests[-1]]
     with suppress(OSError):  # without it, the files are hashed again
         memory.parent.mkdir(parents=True, exist_ok=True)
         replace_file(memory, json.dumps(dict(list(known.items())[-1000:])).encode())
     return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _state(file: Path) -> list[int] | None:
-    """What changes whenever a file does; None if it was modified too recently."""
-    try:
-        stat = os.stat(file)
-    except OSError:
-        return None  # hash_content raises
-    at_rest = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED
-    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns] if at_rest else None

@@ -55,15 +55,14 @@ class TensorHeader:
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """The tensors of a file by name, in the order of their bytes, without reading them."""
-    with open_safetensors(resolve_file(path)) as file:
-        parts = {name: file.get_slice(name) for name in file.offset_keys()}
-        headers = {n: TensorHeader(path, n, part.get_dtype(), tuple(part.get_shape())) for n, part in parts.items()}
-    with open(path, "rb") as stream:
+    with open_safetensors(resolve_file(path)), open(path, "rb") as stream:
         try:
-            parse_json(stream.read(int.from_bytes(stream.read(8), "little")))
+            table = parse_json(stream.read(int.from_bytes(stream.read(8), "little")))
         except ValueError as error:
             raise UserError(f"{path}: corrupted ({error}): download or copy it again") from None
-    return headers
+    table.pop("__metadata__", None)
+    ordered = sorted(table, key=lambda name: (table[name]["data_offsets"], name))
+    return {name: TensorHeader(path, name, table[name]["dtype"], tuple(table[name]["shape"])) for name in ordered}
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

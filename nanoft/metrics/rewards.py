@@ -27,6 +27,7 @@ from nanoft.config.settings import RLConfig
 from nanoft.data.formats import Conversation, Message
 from nanoft.io.untrusted import one_line
 from nanoft.metrics.answers import METRICS, select_metrics
+from nanoft.runtime.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,20 @@ class Rewards:
 
     def score(self, answers: Sequence[Answered]) -> Array:
         """What each function says of each answer, (answers, functions) float64; NaN: it failed."""
-        columns = [
-            self.models[name](answers) if function is None else [self._call(name, function, one) for one in answers]
-            for name, function in zip(self.names, self.functions, strict=True)
-        ]
+        columns = [self._column(*named, answers) for named in zip(self.names, self.functions, strict=True)]
         return np.array(columns, np.float64).reshape(len(columns), len(answers)).T
+
+    def _column(self, name: str, function: Any, answers: Sequence[Answered]) -> list[float]:
+        """What one function says; a reward model is asked about all answers at once, and if that fails about each."""
+        if (judge := self.models.get(name)) is None:
+            return [self._call(name, function, one) for one in answers]
+        try:
+            if all(map(math.isfinite, found := judge(answers))):
+                return list(found)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+        return [self._call(name, lambda answered: judge([answered])[0], one) for one in answers]
 
     def total(self, rewards: Array) -> Array:
         """The weighted sums of rewards, (answers,); NaN where one failed."""
@@ -101,6 +111,8 @@ class Rewards:
                 return value
             reason = f"returned {value}"
         except Exception as error:  # the function is the user's program, and so is the mistake
+            if name in self.models and is_out_of_memory(error):
+                raise
             reason = f"{one_line(''.join(traceback.format_exception_only(error))):.200}"  # its own text may fail, too
         self.failures[name] += 1
         if self.failures[name] == 1:

@@ -462,30 +462,27 @@ WRAPPERS: dict[str, dict[str, Fields]] = {
 
 def _check_shape(config: DecoderConfig) -> None:
     """Refuse values that no decoder can have, before they fail deep inside one."""
-    heads, groups = config.num_heads, config.num_kv_heads
+    heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
     if heads % groups:
         raise UserError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads, {groups}")
-    if config.head_dim % 2 or config.head_dim < 1:
-        raise UserError(f"head_dim: {config.head_dim} is not even: its dimensions are rotated in pairs")
+    if size % 2 or size < 1:
+        raise UserError(f"head_dim: {size} is not even: its dimensions are rotated in pairs")
     if type(config.norm_eps) not in (int, float) or not 0 <= config.norm_eps < 1:
         raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not between 0 and 1")
     for window in config.windows:
         if window is not None and (type(window) is not int or not 1 <= window <= 1 << 31):
             raise UserError(f"sliding_window: {window!r:.60} is not a number of tokens")
-    if len(config.windows) != config.num_layers:
-        raise UserError(f"layer_types: {len(config.windows)} entries: give one for each of {config.num_layers} layers")
-    if len(config.ropes) != config.num_layers:
-        raise UserError(f"no_rope_layers: {len(config.ropes)} entries: give one for each of {config.num_layers} layers")
+    for name, own in (("layer_types", config.windows), ("no_rope_layers", config.ropes)):
+        if len(own) != config.num_layers:
+            raise UserError(f"{name}: {len(own)} entries: give one for each of {config.num_layers} layers")
     for rope in config.distinct_ropes:
-        rotated = int(config.head_dim * rope.share)
+        rotated = int(size * rope.share)
         if rotated % 2 or not rotated:
-            raise UserError(
-                f"partial_rotary_factor: {rope.share}: {rotated} of {config.head_dim} dimensions: not pairs"
-            )
+            raise UserError(f"partial_rotary_factor: {rope.share}: {rotated} of {size} dimensions: not pairs")
         for name in ROPE_FIELDS["longrope"][0].split() if rope.kind == "longrope" else ():
             if len(rope.parameters[name]) != rotated // 2:
                 have = f"{len(rope.parameters[name])} numbers"
                 raise UserError(f"rope: {name}: {have}: give one for each of {rotated // 2} pairs of dimensions")
-        frequencies, factor = rope.angles(config.head_dim, rope.context + 1)
+        frequencies, factor = rope.angles(size, rope.context + 1)
         if not frequencies.isfinite().all() or not math.isfinite(factor):
             raise UserError(f"rope: {rope.theta}, {dict(rope.parameters)!r:.200}: the angles are not finite")

@@ -317,10 +317,8 @@ def _quantization(config: dict[str, Any]) -> Quantization | None:
     q = config.get("quantization_config") or {}
     by_bnb = isinstance(q, dict) and ("load_in_4bit" in q or "load_in_8bit" in q or q.get("quant_method") == BNB)
     if q and not by_bnb and q.get("quant_method") != FP8:
-        raise UserError(
-            "quantization_config: only weights quantized by bitsandbytes and in FP8 are supported: name the original "
-            "model and set quantization.bits=4; if the weights are not quantized, remove the field"
-        )
+        fix = "name the original model; if the weights are not quantized, remove the field"
+        raise UserError(f"quantization_config: only that of bitsandbytes and FP8 are supported: {fix}")
     if not by_bnb:
         read_block(q)
         return None
@@ -346,10 +344,8 @@ def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:
         return
     kind, double = base.quantization
     fields = "bits=8" if kind == "int8" else f"bits=4 quantization.type={kind} quantization.double={double}".lower()
-    raise UserError(
-        f"quantization.bits: {base.directory} is stored in {kind} and can only be trained in that form: "
-        f"set quantization.{fields}, or name the original model"
-    )
+    fix = f"set quantization.{fields}, or name the original model"
+    raise UserError(f"quantization.bits: {base.directory} is stored in {kind}, which cannot be changed: {fix}")
 
 
 def base_files(directory: Path) -> list[Path]:

@@ -203,9 +203,7 @@ def add_score(model: Decoder, seed: int = 0) -> None:
     So rewards start small, of a variance near 1 (Stiennon et al. 2020, app. B); a head of zeros would pass no gradient.
     """
     if model.config.wrapped:
-        raise UserError(
-            "training.objective: no reward model of a text tower can be exported: name a model of text alone"
-        )
+        raise UserError("training.objective: a reward model cannot be a text tower: name a model of text alone")
     if model.score is None:
         model.config, model.lm_head = replace(model.config, tied=True, has_score=True), None
         weight = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))

@@ -35,7 +35,6 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Learns
 from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.lora import inject_lora
-from nanoft.loss import chunk_rows
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import load_adapter_tensors
 from nanoft.models.model_files import find_model, quantization_of
@@ -43,6 +42,7 @@ from nanoft.models.open import TrainedAdapter, find_adapter, is_run, open_model,
 from nanoft.models.weights import load_model
 from nanoft.objectives.objective import Objective
 from nanoft.objectives.preference import add, means
+from nanoft.objectives.reference import compared_rows
 from nanoft.objectives.rollouts import Prompts, check_answers_fit
 from nanoft.perplexity import evaluating
 from nanoft.runtime import distributed
@@ -132,7 +132,8 @@ class Distill(Objective):
             raise UserError("distill.teacher: empty: name a run, an adapter, or a model of the same vocabulary")
         if not find_adapter(name) and not is_run(name):
             find_model(name, "distill.teacher")
-        check_answers_fit("distill.max_new_tokens", config.distill.max_new_tokens, config.model.max_seq_length)
+        answers = config.distill.max_new_tokens if config.distill.on_policy else 0
+        check_answers_fit("distill.max_new_tokens", answers, config.model.max_seq_length)
 
     def begin(self, model: Decoder, *_: object) -> None:
         name, d = self.distill.teacher, self.distill
@@ -184,7 +185,7 @@ class Distill(Objective):
                 s = s.gather(-1, likeliest)
             return divergence(s, t, d.beta)
 
-        rows = chunk_rows(shared, model.device)
+        rows = compared_rows(shared, model.device)
         chunks = zip(s_hidden.split(rows), t_hidden.split(rows), strict=True)
         return torch.cat([checkpoint(of_chunk, s, t, s_head, t_head, use_reentrant=False) for s, t in chunks])
 

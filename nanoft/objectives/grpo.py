@@ -42,7 +42,7 @@ from nanoft.models.open import is_run
 from nanoft.objectives.objective import Objective
 from nanoft.objectives.preference import add, means
 from nanoft.objectives.reference import Reference, answer_tokens
-from nanoft.objectives.rollouts import Prompts, Rollout, check_answers_fit
+from nanoft.objectives.rollouts import Prompts, Rollout, check_answers_fit, prompt_lengths
 from nanoft.runtime.command import StopRequest
 
 SMALL = 1e-4  # added to the deviation of a group's rewards
@@ -234,7 +234,7 @@ class GRPO(Objective):
     def tokens_per_step(self, batches: Batches) -> float:
         """At most: if every answer has `rl.max_new_tokens`."""
         answers = self.rl.prompts * self.rl.group_size * self.rl.updates
-        return answers * float(batches.samples.lengths.mean() + self.rl.max_new_tokens)
+        return answers * float(prompt_lengths(batches.samples).mean() + self.rl.max_new_tokens)
 
     def longest(self, batches: Batches) -> Batch:
         answers = self.prompts.longest(batches)

@@ -26,12 +26,11 @@ from nanoft.config import Config
 from nanoft.io.atomic import replace_file
 from nanoft.io.tensor_files import load_tensors
 from nanoft.lora import disabled
-from nanoft.loss import token_nll
+from nanoft.loss import chunk_rows, token_nll
 from nanoft.model import Decoder
 from nanoft.runtime import distributed
 
 FILE = "reference.safetensors"  # in the run directory
-KL_POSITIONS = 256  # of which logits are held at once
 Form = Callable[[TokenDataset], TokenDataset]  # makes of each sample what is measured in its place
 
 
@@ -50,6 +49,19 @@ def sequence_logps(model: Decoder, batch: Batch) -> Tensor:
 def answer_tokens(batch: Batch) -> Tensor:
     """|y|: the target tokens of each sample, (s,)."""
     return torch.bincount(batch.sequence, minlength=len(batch.samples))
+
+
+def compared_rows(vocab: int, device: torch.device) -> int:
+    """Rows of two tensors of logits that are compared at once: each has several temporary tensors of their size."""
+    return max(16, chunk_rows(vocab, device) // 4)
+
+
+def kl_of_logits(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p | q) = sum of p (log p - log q) of each row of two tensors of logits, (n,); computed in their memory."""
+    for logits in (p, q):
+        logits.sub_(logits.logsumexp(-1, keepdim=True))
+    difference = q.sub_(p)
+    return -p.exp_().mul_(difference).sum(-1)
 
 
 class Reference:
@@ -86,10 +98,10 @@ class Reference:
             kept = [policy[:0], *(self.known[str(sample)].to(policy) for sample in batch.samples.chosen)]
             reference, reference_head = torch.cat(kept), self.known["head"].to(head)
         found, cap = [], model.config.logit_cap
-        for now, before in zip(policy.split(KL_POSITIONS), reference.split(KL_POSITIONS), strict=True):
+        rows = compared_rows(len(head), head.device)
+        for now, before in zip(policy.split(rows), reference.split(rows), strict=True):
             pairs = ((now, head), (before, reference_head))
-            log_p, log_q = (soft_cap((h @ w.T).float(), cap).log_softmax(-1) for h, w in pairs)
-            found.append((log_p.exp() * (log_p - log_q)).sum(-1))  # KL(p | q) = sum of p (log p - log q)
+            found.append(kl_of_logits(*(soft_cap((h @ w.T).float(), cap) for h, w in pairs)))
         return torch.cat(found)
 
     @contextmanager

@@ -54,6 +54,12 @@ def check_answers_fit(field: str, tokens: int, length: int) -> None:
         raise UserError(f"{field}: {tokens}: leaves no room for prompts in model.max_seq_length={length}: lower it")
 
 
+def prompt_lengths(samples: TokenDataset) -> Array:
+    """The tokens of each sample before its first target, (n,)."""
+    targets = np.flatnonzero(samples.tokens < 0)
+    return targets[np.searchsorted(targets, samples.begins)] - samples.begins
+
+
 class Prompts:
     """The prompts of a data set, and the policy's answers to them."""
 
@@ -152,9 +158,11 @@ class Prompts:
 
     def longest(self, batches: Batches) -> list[Rollout]:
         """A micro-batch of answers as long as may be to the longest prompt; nothing is sampled."""
-        prompt, tokens = self.encode(record := batches.longest().records[0]), self.max_new_tokens
+        record = int(batches.samples.records[prompt_lengths(batches.samples).argmax()])
+        prompt, tokens, config = self.encode(record), self.max_new_tokens, self.config
         answer = Rollout(record, prompt, prompt[-1:] * tokens, [0.0] * tokens, [], 0.0, True)
-        return [answer] * batches.micro_batch_size
+        in_a_row = config.model.max_seq_length // (len(prompt) + tokens) if config.data.packing else 1
+        return [answer] * batches.micro_batch_size * max(1, in_a_row)
 
     def figures(self, answers: Sequence[Rollout]) -> dict[str, float]:
         """Means over answers, each reward's without those where it failed."""

@@ -31,6 +31,7 @@ from nanoft.config.loading import load_file
 from nanoft.config.settings import config_warnings
 from nanoft.io.tables import wrap
 from nanoft.kernels.attention import CHUNK
+from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import NORMS, Decoder, DecoderConfig
@@ -39,6 +40,7 @@ from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import find_adapter, is_run, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import add_score, choose_dequantize, grow_vocabulary
 from nanoft.objectives import OBJECTIVES, trains_score
+from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import Machine, matmul_gflop_s
@@ -273,15 +275,27 @@ class Planner:
         plan = estimate_memory(*sizes, float(not trains_score(self.config)))
         if not self.config.sampled_tokens and not self.config.distill.teacher:
             return plan
-        more = {"other models": self.other_models, "sampling": self.sampling_bytes(length)}
+        plan = replace(plan, parts={**plan.parts, "other models": self.other_models})
         held = plan.parts["activations"] + max(plan.parts["backward"], plan.parts["loss"])  # which sampling does not
-        return replace(plan, parts={**plan.parts, **more, "sampling": max(0.0, more["sampling"] - held)})
+        sampling = self.sampling_bytes(length, settled, self.machine.room_bytes - plan.peak + held)
+        return replace(plan, parts={**plan.parts, "sampling": max(0.0, sampling - held)})
 
-    def sampling_bytes(self, length: int) -> float:
-        """Keys and values of the answers of a step, in buffers of the final size, and their logits."""
+    def sampling_bytes(self, length: int, settled: Config, room: float) -> float:
+        """Keys and values of the answers of a step, in buffers of the final size, and their logits.
+
+        If there is room, also copies of the weights: unpacked, or on a CPU in another order (nanoft/kernels/decode.py).
+        """
+        if not self.config.sampled_tokens:
+            return 0.0
         c, e, answers = self.decoder, self.machine.dtype.itemsize, self.config.effective_batch_size()
         slots = 2.0 * c.num_layers * c.num_kv_heads * c.head_dim * length * e
-        return answers / self.config.system.ranks * (slots * bool(self.config.sampled_tokens) + 12 * c.vocab_size)
+        # logits, at a temperature, their softmax and its sums; with top_p also sorted
+        logits = c.vocab_size * (e + 16.0 + 16.0 * (self.config.rl.top_p < 1))
+        needed = answers / self.config.system.ranks * (slots + logits)
+        is_packed = settled.quantization.bits < 16 and settled.quantization.dequantize != "cached"
+        copied = self.counts.linears + (0 if is_packed else c.vocab_size * c.hidden_size)
+        copies = copied * e * (is_packed or self.machine.device.type == "cpu")
+        return needed + (copies if copies <= MEMORY_SHARE * room and needed + copies <= room else 0.0)
 
     @functools.cached_property
     def other_models(self) -> float:
@@ -296,16 +310,17 @@ class Planner:
             if (name, bits) == own and source == d.teacher:
                 continue
             counts = count_parameters(ModelFiles.find(name).decoder, self.config.override(quantization={"bits": bits}))
-            total += counts.linears * (bits / 8 if bits < 16 else self.machine.dtype.itemsize) + counts.scales * (
-                bits < 16
-            )
-            total += counts.others * self.machine.dtype.itemsize
+            e, is_packed = self.machine.dtype.itemsize, bits < 16
+            total += counts.linears * (bits / 8 if is_packed else e) + counts.scales * is_packed + counts.others * e
         return total
 
     def longest_shape(self, batches: Batches) -> tuple[int, int]:
         """Rows and tokens of the micro-batch that needs the most memory."""
-        (rows, length), more = batches.longest().ids.shape, self.config.sampled_tokens
-        return (batches.micro_batch_size if self.config.rl.reward else rows), length + more
+        rows, length = batches.longest().ids.shape
+        if more := self.config.sampled_tokens:
+            longest, packed = int(prompt_lengths(batches.samples).max()) + more, self.config.data.packing
+            return batches.micro_batch_size, self.config.model.max_seq_length if packed else longest
+        return rows, length
 
     def keep_by(self, policy: str) -> list[ActivationPolicy]:
         """What each block keeps under a policy of training.checkpointing, for auto where memory is least."""

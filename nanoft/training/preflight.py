@@ -90,13 +90,15 @@ def rehearse_step(ctx: TrainContext, state: TrainState) -> float:
     while True:
         try:
             with distributed.same_exception(ctx.device):
-                return rehearse(ctx)
+                check, seconds_per_token = rehearse(ctx)
+            ctx.run.print(check.preflight_line())  # when it fits on every rank
+            return seconds_per_token
         except OutOfMemory as error:
             halve_micro_batch(ctx, state, error)
 
 
-def rehearse(ctx: TrainContext) -> float:
-    """Forward and backward over the longest micro-batch; nothing is changed. Returns its seconds per token."""
+def rehearse(ctx: TrainContext) -> tuple[Check, float]:
+    """Forward and backward over the longest micro-batch, and its seconds per token; nothing is changed."""
     longest, seconds = ctx.objective.longest(ctx.batches), []
     batch, window = longest.to(ctx.device), Window([longest], [0, 0], [0, 0])
     with preserve_rng_state():
@@ -114,8 +116,7 @@ def rehearse(ctx: TrainContext) -> float:
     for _, parameter in ctx.trained:
         parameter.grad = None
     check = Check.of("batch", True, f"the longest, {tuple(batch.ids.shape)}: forward and backward fit")
-    ctx.run.print(check.preflight_line())
-    return min(seconds) / longest.tokens
+    return check, min(seconds) / longest.tokens
 
 
 def rehearse_evaluation(ctx: TrainContext) -> None:

@@ -132,10 +132,8 @@ def warn_of_answers(ctx: TrainContext, state: TrainState, now: dict[str, float])
         grown = f"{first['completion_tokens']:.0f} -> {now['completion_tokens']:.0f} tokens"
         warn_once(ctx, state, "completions", f"answers grow ({grown}) and end less often: reward short ones, too")
     if now.get("sampling_error", 0.0) > UNEQUAL:
-        error = f"{now['sampling_error']:.3f} nats per token"
-        warn_once(
-            ctx, state, "sampling", f"sampling and training differ by {error}: set model.dtype=float32 to see why"
-        )
+        what = f"sampling and training differ by {now['sampling_error']:.3f} nats per token"
+        warn_once(ctx, state, "sampling", f"{what}: set model.dtype=float32 to see why")
 
 
 def warn_of_memorizing(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
@@ -207,16 +205,13 @@ def measure(
     metrics: Sequence[Metric] = (), general: Sequence[Sample] = (),
 ) -> evaluate.EvalResult:  # fmt: skip
     """`evaluate.measure` with the settings of the run, in batches that fit into memory."""
-    c, e = ctx.config, ctx.config.evaluation
+    c = ctx.config
+    e, options = replace(c.evaluation, max_new_tokens=c.answer_tokens), (c.system.seed, ctx.objective.rewards)
 
     def measured(size: int) -> evaluate.EvalResult:
-        sizes: dict[str, Any] = {
-            "batch_size": min(size, e.batch_size),
-            "prompt_batch_size": min(size, e.prompt_batch_size),
-        }
-        given, length = replace(e, **sizes, max_new_tokens=c.answer_tokens), c.model.max_seq_length
-        options = metrics, general, c.system.seed, ctx.objective.rewards
-        return evaluate.measure(model, ctx.tokenizer, samples, prompts, given, length, *options)
+        given = replace(e, batch_size=min(size, e.batch_size), prompt_batch_size=min(size, e.prompt_batch_size))
+        what = ctx.tokenizer, samples, prompts, given, c.model.max_seq_length, metrics, general
+        return evaluate.measure(model, *what, *options)
 
     largest = max(e.batch_size if len(samples) or len(general) else 1, min(e.prompt_batch_size, len(prompts)))
     return in_smaller_batches(ctx, largest, measured)

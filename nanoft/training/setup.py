@@ -50,6 +50,7 @@ from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_
 from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES, trains_score
+from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.runtime import distributed
 from nanoft.runtime.device import Machine, describe_device, library_versions
 from nanoft.runtime.memory import peak_memory_gb
@@ -171,11 +172,11 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
     read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
-    room = config.sample_length
-    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, room, seed, run.print, learns))
+    most = config.sample_length
+    corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, most, seed, run.print, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     if config.sampled_tokens:
-        corpus = with_room_for_answers(corpus, room, run)
+        corpus = with_room_for_answers(corpus, length - config.sampled_tokens, run)
     needed = {
         f"training.early_stopping_patience: {t.early_stopping_patience}": t.early_stopping_patience,
         "evaluation.on_start: true": config.evaluation.on_start,
@@ -218,10 +219,10 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
 
 
 def with_room_for_answers(corpus: PreparedDataset, room: int, run: Run) -> PreparedDataset:
-    """The samples whose prompts are whole: answers are sampled to prompts as they stand in the files."""
-    training, validation = (corpus.untruncated(side) for side in (corpus.training, corpus.validation))
+    """The samples whose prompts have at most `room` tokens."""
+    training, validation = (side[prompt_lengths(side) <= room] for side in (corpus.training, corpus.validation))
     if lost := len(corpus.training) + len(corpus.validation) - len(training) - len(validation):
-        run.print(f"warning: {lost:,} samples of more than {room} tokens leave no room for answers: skipped")
+        run.print(f"warning: {lost:,} prompts of more than {room} tokens leave no room for answers: skipped")
     if not len(training):
         raise UserError(f"model.max_seq_length: no prompt leaves room for an answer in {room} tokens: raise it")
     return replace(corpus, training=training, validation=validation)
@@ -383,6 +384,7 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     shape = ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed
     say(f"attention {kernels.describe_attention(ctx.model, *shape)}")
     longest = int(max(samples.lengths.max() for samples in (ctx.corpus.training, ctx.validation) if len(samples)))
+    longest = min(longest, c.model.max_seq_length)  # all that the model reads of it
     for warning in plan_warnings(ctx.planner, ctx.files, longest, ctx.total_steps):
         say(f"warning: {warning}")
     if c.logging.show_example:

@@ -1,4 +1,4 @@
-"""Tests of nanoft/export/gguf_file.py."""
+"""Tests of nanoft/export/gguf.py: the file and its companions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from templates import STYLES, save
 
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.export.gguf_file import atomic_gguf, companions, modelfile, ollama_template
+from nanoft.export.gguf import atomic_gguf, companions, modelfile, ollama_template
 
 
 def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_the_file_and_its_companions_get_their_names_together(tmp_path: Path) ->
     with suppress(RuntimeError), atomic_gguf(out.with_name("n.gguf"), "unused") as path:
         path.write_text("half")
         raise RuntimeError
-    killed = "import os; from nanoft.export.gguf_file import *; "
+    killed = "import os; from nanoft.export.gguf import *; "
     killed += "writing = atomic_gguf(Path('n.gguf'), ''); writing.__enter__().touch(); os._exit(9)"
     subprocess.run([sys.executable, "-c", killed], cwd=out.parent, check=False)
     assert any(path.name.startswith(".tmp-n") for path in out.parent.iterdir())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 
 import torch
+from runs import Patch
 
 from nanoft.blocks.norms import RMSNorm
 from nanoft.kernels import fused
-from runs import Patch
 
 
 def test_on_a_cpu_formulas_are_used_unless_kernels_are_interpreted(monkeypatch: Patch) -> None:

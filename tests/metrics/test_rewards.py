@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,32 @@ def test_a_reward_model_is_no_function_whatever_its_directory(tmp_path: Path) ->
     settings = Config().override({"rl.reward": ("run:judge",)}).to_dict()
     (tmp_path / "config.json").write_text(json.dumps({**settings, "provenance": {}}))
     assert load_config(tmp_path / "config.json", [], {}).rl.reward == ("run:judge",)
+
+
+def judging(answers: Sequence[Answered]) -> list[float]:
+    """A reward model that takes some answers for a reason to fail."""
+    said = [each.answer for each in answers]
+    if "bad" in said:
+        raise UserError("the chat template refuses this")
+    if "large" in said:
+        raise MemoryError
+    return [math.inf if text == "odd" else float(len(text)) for text in said]
+
+
+def test_a_reward_model_that_fails_costs_the_answers_for_which_it_does() -> None:
+    said: list[str] = []
+    config = Config().override({"rl.reward": ("run:judge",)})
+    scorer = Rewards(config.rl, said.append, lambda run: judging)
+    np.testing.assert_array_equal(scorer.score([answered("2"), answered("two")])[:, 0], [1, 3])
+    assert not said
+    found = scorer.score([answered("2"), answered("bad", 7), answered("odd"), answered("two")])
+    np.testing.assert_array_equal(found[:, 0], [1, math.nan, math.nan, 3])
+    assert scorer.failures["run:judge"] == 2
+    assert len(said) == 1
+    assert "run:judge: nanoft.UserError: the chat template refuses this at sums.jsonl:7" in said[0]
+    for answers in ([answered("large")], [answered("bad"), answered("large")]):
+        with pytest.raises(MemoryError):
+            scorer.score(answers)
 
 
 @pytest.mark.parametrize("text", ["run:runs/judge,max_words:9", "[run:runs/judge, max_words:9]"])

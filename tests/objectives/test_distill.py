@@ -104,7 +104,7 @@ def random_samples(count: int = 6) -> TokenDataset:
 def test_a_step_has_the_gradient_of_all_logits_however_it_is_split(
     shared: bool, beta: float, top_k: int, temperature: float, base: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("nanoft.objectives.distill.chunk_rows", lambda *_: 4)  # several chunks in a batch
+    monkeypatch.setattr("nanoft.objectives.distill.compared_rows", lambda *_: 4)  # several chunks in a batch
     teacher = another_adapter(base, tmp_path / "teacher") if shared else tmp_path / "larger"
     if not shared:
         make_chat_model(teacher, "qwen3", seed=9, num_hidden_layers=3)

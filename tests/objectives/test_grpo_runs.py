@@ -189,6 +189,23 @@ def test_what_cannot_work_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_answer_of_the_data_may_have_any_length_where_the_model_samples_its_own(
+    root: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    answers = ["1 " * n for n in range(1, 400, 40)]  # up to 400 tokens and more
+    records = [json.dumps({"prompt": f"Say {n}.", "answer": text}) for n, text in enumerate(answers)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(records) + "\n")
+    few = {"data__train_file": tmp_path / "prompts.jsonl", "model__max_seq_length": 64, "training__max_steps": 2}
+    assert train.main(on(root, tmp_path / "run", **few, evaluation__prompts=2)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out" not in said
+    assert "| records read | 10 " in said
+    assert "removed" not in said
+    rehearsed = re.search(r"the longest, \(\d+, (\d+)\)", said)
+    assert rehearsed
+    assert int(rehearsed[1]) < 64
+
+
 def test_a_prompt_without_room_for_an_answer_is_left_out(root: Path, tmp_path: Path, capsys: Capture) -> None:
     asked = [f"Say {n}." for n in range(12)] + ["Say it again and again. " * 40]
     records = [json.dumps({"prompt": text, "answer": "1"}) for text in asked]
@@ -196,5 +213,5 @@ def test_a_prompt_without_room_for_an_answer_is_left_out(root: Path, tmp_path: P
     words = on(root, tmp_path / "run", data__train_file=tmp_path / "prompts.jsonl", model__max_seq_length=128)
     assert train.main(words) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: 1 samples of more than 120 tokens leave no room for answers: skipped" in said
+    assert "warning: 1 prompts of more than 120 tokens leave no room for answers: skipped" in said
     refused([*words, "rl.max_new_tokens=127", f"output.dir={tmp_path / 'none'}"], ["max_seq_length"], capsys)

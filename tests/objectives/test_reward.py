@@ -198,6 +198,21 @@ def test_a_run_judges_answers_as_transformers_does(run: str, trained: Path, tmp_
     assert judge([]) == []
 
 
+def test_tools_and_variables_of_the_template_are_part_of_the_conversation(trained: Path, monkeypatch: Any) -> None:
+    judge = TrainedReward(str(trained / "lora"), CPU, torch.float32)
+    render, given, judge.chat.may_omit = judge.chat.render_samples, list[Any](), True
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        given.append((arguments, options))
+        return render(*arguments, **options)
+
+    monkeypatch.setattr(judge.chat, "render_samples", noting)
+    asked, tools = [{"role": "user", "content": "Say 3."}], [{"type": "function", "function": {"name": "say"}}]
+    judge([Answered(Prompt(asked, "4", tools, {"style": "short"}), "3!", "4")])
+    whole = [*asked, {"role": "assistant", "content": "3!"}]
+    assert given == [((whole, 0, tools), {"template_args": {"style": "short"}})]
+
+
 @pytest.mark.parametrize("run", ["lora", "qlora"])
 def test_peft_gives_the_same_rewards(run: str, trained: Path) -> None:
     adapter = trained / run / "adapter"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +240,46 @@ def test_the_plan_of_a_step_is_near_what_a_process_takes(monkeypatch: pytest.Mon
     finally:
         for name in ("plan", "step", "contender"):
             sys.modules.pop(name, None)
+
+
+WHOLE_RUN = Path(__file__).parents[1] / "whole_run.py"
+SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3, "head_dim": 64, "vocab_size": 32768}
+SAMPLED = {"rl.reward": "max_words:99", "rl.prompts": 8, "rl.group_size": 16, "rl.max_new_tokens": 48}
+SAMPLED |= {"training.gradient_accumulation_steps": 4}
+TAUGHT = {"distill.teacher_bits": 16, "distill.max_new_tokens": 48, "training.gradient_accumulation_steps": 1}
+RUNS: dict[str, dict[str, Any]] = {
+    "grpo": SAMPLED,
+    "distill": TAUGHT,
+    "distill, answers of the data": {**TAUGHT, "distill.on_policy": False},
+    "dpo, KL of an evaluation": {"training.gradient_accumulation_steps": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RUNS)
+def test_the_plan_of_a_whole_run_is_near_the_peak_of_a_process(case: str, tmp_path: Path) -> None:
+    """What it samples, a teacher, and evaluations included; on one thread, because each has a heap of its own."""
+    make_chat_model(tmp_path / "base", "qwen3", **SIZES)
+    said = {f"Say {n} please.": (f"{n}, " * 16, f"{n}. " * 16) for n in range(40)}
+    pairs = [{"prompt": text, "chosen": good, "rejected": bad} for text, (good, bad) in said.items()]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    settings = {
+        "model.name": tmp_path / "base",
+        "model.max_seq_length": 256,
+        "data.train_file": tmp_path / "pairs.jsonl",
+    }
+    settings |= {"training.objective": case.partition(",")[0], "training.micro_batch_size": 4, "training.max_steps": 1}
+    settings |= {"training.eval_steps": 1, "data.validation_size": 16, "evaluation.prompts": 0, "system.threads": 1}
+    settings |= {"output.dir": tmp_path / "run", "logging.progress_bar": False, **RUNS[case]}
+    if "distill" in case:
+        make_chat_model(tmp_path / "teacher", "qwen3", seed=5, **{**SIZES, "num_hidden_layers": 6})
+        settings["distill.teacher"] = tmp_path / "teacher"
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, WHOLE_RUN, "configs/tiny.py", *(f"{name}={value}" for name, value in settings.items())]
+    done = subprocess.run(command, env=alone, cwd=WHOLE_RUN.parents[1], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.85 < found["planned"] / found["measured"] < 1.15, found
+    assert ("sampling" in found["parts"] and found["parts"]["sampling"] > 0) == (case == "grpo"), "more than a step"
 
 
 @pytest.fixture(scope="module")
