@@ -52,7 +52,6 @@ SERVE = {  # in a shell
     "gguf": "llama-cli -m {file}" + OLLAMA,
     "gguf-lora": "llama-cli -m base.gguf --lora {file}" + OLLAMA,
 }
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -132,15 +131,13 @@ def model_card(form: str, opened: LoadedModel, source: str, proven: Sequence[str
         lines += [f"## Evaluation\n\n{found[0].strip()}"] if found else []
         lines += [f"`base` has the adapter that training started from, {start}."] if found and start else []
     if settings:
-        about = {"model": ModelFiles.read(base).description, "method": method}
-        about |= {name: settings["lora"][name] for name in ("rank", "alpha")} if opened.adapters else {}
-        about |= {name: settings["training"][name] for name in ("objective", "learning_rate")}
-        about["seed"] = settings["system"]["seed"]
-        rows = [[name.replace("_", " "), str(value)] for name, value in about.items()]
+        shape = [[name, str(settings["lora"][name])] for name in ("rank", "alpha")] if opened.adapters else []
+        rows = [["model", ModelFiles.read(base).description], ["method", method], *shape]
+        rows += [[name.replace("_", " "), str(settings["training"][name])] for name in ("objective", "learning_rate")]
+        rows.append(["seed", str(settings["system"]["seed"])])
         lines.append("## Training\n\n" + markdown_table(["setting", ""], rows))
     lines.append(
-        "## Check\n\n`parity.json` holds prompts as rendered in training, their token ids, and greedy answers to "
-        "check an inference engine."
+        "## Check\n\n`parity.json` has rendered prompts, their token ids and greedy answers to check an engine with."
     )
     return "\n\n".join(lines) + "\n"
 
@@ -165,7 +162,8 @@ def vllm_rank(lora: LoRAConfig) -> int:
     """The --max-lora-rank that vLLM needs for an adapter; 0 if it cannot serve that one."""
     if lora.dora or lora.bias != "none" or lora.modules_to_save or lora.trainable_token_indices:
         return 0
-    return next((rank for rank in VLLM_RANKS if rank >= lora.rank), 0)
+    rank = max(8, 1 << (lora.rank - 1).bit_length())  # a power of two
+    return rank if rank <= 512 else 0
 
 
 def hub_name(name: str, directory: Path) -> str | None:

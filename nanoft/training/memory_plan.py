@@ -439,19 +439,16 @@ def show_plan(config: Config) -> int:
     if not machine.present:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
-        if size:
-            say(name, f"{size / 1e9:9.3f} GB")
+        say(name, f"{size / 1e9:9.3f} GB")
     say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
-    assumed = (
-        f"per step: {rows:,} sequences of model.max_seq_length={length:,} tokens, all full: real samples are shorter"
-    )
+    assumed = f"per step: {rows:,} sequences of model.max_seq_length={length:,} tokens; real samples are shorter"
     say("tokens", f"{rows * length:9,} {assumed}")
     recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
     work = gflop_per_token(decoder, planner.counts, config, length, recomputed)
     say("work", f"{work:9.3g} GFLOP per token")
     if machine.present:
         reached = matmul_gflop_s(machine.device, machine.dtype, decoder.hidden_size, decoder.intermediate_size)
-        say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products on this machine")
+        say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products here")
         if share := EFFICIENCY.get(kind):
             tokens_s, tokens = share * reached / work, rows // config.system.ranks * length
             reach = f"{share:.0%} of it is reached; {tokens / tokens_s:,.1f} s per step"

@@ -180,7 +180,7 @@ def test_the_card_has_the_commands_of_its_export_and_the_figures_of_the_report(
 
 
 def test_vllm_is_not_promised_what_it_refuses() -> None:
-    assert [vllm_rank(LoRAConfig(rank=rank)) for rank in (4, 16, 17, 300, 1000)] == [8, 16, 32, 320, 0]
+    assert [vllm_rank(LoRAConfig(rank=rank)) for rank in (4, 16, 17, 300, 1000)] == [8, 16, 32, 512, 0]
     refused = [{"dora": True}, {"bias": "all"}, {"modules_to_save": ("lm_head",)}]
     assert all(vllm_rank(LoRAConfig(**change)) == 0 for change in refused)
 
