@@ -85,7 +85,7 @@ def side_by_side(header: list[str], rows: list[list[str]]) -> Iterator[str]:
     """Tables of at most 80 columns, of as many runs each as fit; of a text that is too long, the end is shown."""
     room = 80 - len("|  |") - max(len(row[0]) for row in rows)
     widest = max(len(text) for row in [header, *rows] for text in row[1:])
-    width = min(max(widest, 15), max(15, room // (len(header) - 1) - 3))  # 15: 12.3456 (step 1)
+    width = min(max(widest, 15), max(19, room // (len(header) - 1) - 3))  # 19: 12.3456 (step 1000)
     fitting = max(1, room // (width + 3))
     for first in range(1, len(header), fitting):
         part = [[row[0], *row[first : first + fitting]] for row in [header, *rows]]
