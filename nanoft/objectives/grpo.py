@@ -244,7 +244,8 @@ class GRPO(Objective):
 
 def keep(kept: dict[int, Tensor], batch: Batch, values: Tensor) -> None:
     """Remember a value for each target token of a batch, (targets,), by sample."""
-    kept |= zip(batch.samples.chosen.tolist(), values.split(answer_tokens(batch).tolist()), strict=True)
+    lengths = [int(sample.is_target[1:].sum()) for sample in batch.samples]  # known on the CPU: nothing waits
+    kept |= zip(batch.samples.chosen.tolist(), values.split(lengths), strict=True)
 
 
 def recall(kept: dict[int, Tensor], batch: Batch) -> Tensor:

@@ -91,13 +91,17 @@ class KTO(Preference):
 
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
         reference, policy = self.reference.logps(model, batch), sequence_logps(model, batch)
-        is_good = torch.from_numpy(batch.samples.labels > 0).to(policy.device)
+        good = batch.samples.labels > 0  # on the CPU, so that nothing waits for the numbers of each
+        parts = np.flatnonzero(good), np.flatnonzero(~good), good
+        chosen, rejected, is_good = (torch.from_numpy(part).to(policy.device) for part in parts)
         weights = self.preference.desirable_weight, self.preference.undesirable_weight
         gain = policy - reference
         losses, rewards = kto_loss(gain, is_good, self.kl, self.beta, weights), self.beta * gain
         figures = {
-            **{f"rewards/{name}": rewards[own] for name, own in (("chosen", is_good), ("rejected", ~is_good))},
-            **{f"logps/{name}": policy[own] for name, own in (("chosen", is_good), ("rejected", ~is_good))},
+            "rewards/chosen": rewards[chosen],
+            "rewards/rejected": rewards[rejected],
+            "logps/chosen": policy[chosen],
+            "logps/rejected": policy[rejected],
             "rewards/accuracies": (rewards > self.beta * self.kl) == is_good,
             "kl": torch.full_like(rewards, self.kl),
         }

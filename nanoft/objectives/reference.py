@@ -48,7 +48,8 @@ def sequence_logps(model: Decoder, batch: Batch) -> Tensor:
 
 def answer_tokens(batch: Batch) -> Tensor:
     """|y|: the target tokens of each sample, (s,)."""
-    return torch.bincount(batch.sequence, minlength=len(batch.samples))
+    counts = batch.sequence.new_zeros(len(batch.samples))  # bincount would make the CPU wait for a GPU
+    return counts.index_add(0, batch.sequence, torch.ones_like(batch.sequence))
 
 
 def compared_rows(vocab: int, device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from runs import (
 )
 from safetensors.torch import load_file
 from tiers import rest_is_slow
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 import nanoft.model
 import train
+from nanoft.kernels import attention
 from nanoft.objectives import OBJECTIVES, reference
 from nanoft.training import self_test
-from tiny_models import make_chat_model
+from tiny_models import make_chat_model, write_records
 
 WITH_REFERENCE = [name for name in BEYOND_SFT if getattr(OBJECTIVES[name], "uses_reference", False)]
 FULL: dict[str, Any] = {"training__method": "full", "training__learning_rate": 1e-4}
@@ -66,6 +69,75 @@ def on(root: Path, directory: Path, objective: str, **changes: Any) -> list[str]
 def one_gradient(root: Path, directory: Path, objective: str, size: int, steps: int, **changes: Any) -> Any:
     named = {"model__name": root / "base", "data__train_file": root / "pairs.jsonl", "training__objective": objective}
     return gradients(directory, size, steps, torch.float32, **named, **settings_of_run(objective), **changes)
+
+
+# --- what a GPU would wait for
+
+
+def caller() -> str:
+    """Where in the library we are."""
+    return next(f"{f.filename}:{f.lineno}" for f in reversed(traceback.extract_stack()) if "/nanoft/" in f.filename)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the CPU wait for a GPU: numbers read, and shapes that depend on values."""
+
+    READ = ("tolist", "numpy", "cpu")
+
+    def __init__(self, patch: Patch) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        for name in self.READ:
+            patch.setattr(torch.Tensor, name, self.counted(name, getattr(torch.Tensor, name)))
+
+    def counted(self, name: str, original: Any) -> Any:
+        def call(tensor: torch.Tensor, *values: Any, **more: Any) -> Any:
+            if _get_current_dispatch_mode() is self:
+                self.found.append(f"{name} in {caller()}")
+            return original(tensor, *values, **more)
+
+        return call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name == "index" else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select"):
+            self.found.append(f"{name} in {caller()}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("objective", rest_is_slow(OBJECTIVES, "sft", "dpo", "kto"))
+def test_no_micro_batch_waits_for_the_device(
+    objective: str, packed: bool, root: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Forward and backward of a micro-batch, after its tensors are on the device."""
+    waits, batches = Waits(monkeypatch), []
+    loss, backward, grouping = OBJECTIVES[objective].loss, torch.Tensor.backward, attention.group_documents
+
+    def on_cpu(documents: Any) -> Any:  # its tensors are the CPU's, wherever the model is
+        with _disable_current_modes():
+            return grouping(documents)
+
+    def counted_loss(self: Any, model: Any, batch: Any) -> Any:
+        batches.append(batch)
+        with waits:
+            return loss(self, model, batch)
+
+    def counted_backward(self: torch.Tensor, *values: Any, **more: Any) -> None:
+        with waits:
+            backward(self, *values, **more)
+
+    monkeypatch.setattr(attention, "group_documents", on_cpu)
+    monkeypatch.setattr(OBJECTIVES[objective], "loss", counted_loss)
+    monkeypatch.setattr(torch.Tensor, "backward", counted_backward)
+    changes = {**SHORT, **(PACKED if packed else {}), "training__max_steps": 2}
+    if OBJECTIVES[objective].learns == "turns":
+        changes["data__train_file"] = write_records(tmp_path / "chats.jsonl")
+    assert train.main(on(root, tmp_path / "run", objective, **changes)) == 0
+    assert batches
+    assert not waits.found, "\n".join(sorted({*waits.found}))
 
 
 # --- one gradient
