@@ -1,7 +1,7 @@
 """A machine without a GPU: Qwen2.5-0.5B-Instruct with LoRA in float32, 1024 tokens.
 
-For whoever has a laptop, patience, and data for one narrow task. Planned, not measured: 5.7 GB beyond Python and
-PyTorch, 3.3 GB with every block recomputed, 1.91 GFLOP per token; `--plan` measures the speed here. Change first:
+For whoever has a laptop, patience, and data for one narrow task. Planned, not measured: 5.3 GB beyond Python and
+PyTorch, 2.9 GB with every block recomputed, 1.91 GFLOP per token; `--plan` measures the speed here. Change first:
 `data.train_file`; `model.max_seq_length=512`; `training.max_steps`; `system.threads=1` on a busy machine.
 """
 

@@ -20,7 +20,7 @@ import merge
 import train
 from nanoft.__main__ import main as nanoft
 from nanoft.kernels import sharding
-from nanoft.runtime import machine
+from nanoft.runtime import device
 from nanoft.tracking.run import Run
 from nanoft.training import self_test
 from tiny_models import make_chat_model, write_records
@@ -222,7 +222,7 @@ def test_weights_beyond_float16_are_refused_before_the_first_step(base: Path, tm
 
 
 def test_auto_says_that_it_takes_float16(base: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(machine, "choose_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr(device, "choose_dtype", lambda *_: torch.float16)
     assert train.main([*quick(base, tmp_path / "run", model__dtype="auto"), "--preflight"]) == 0
     said = capsys.readouterr().out
     assert "; computing in float16, with loss scaling: this GPU has no native bfloat16\n" in said

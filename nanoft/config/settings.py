@@ -261,9 +261,8 @@ class LoggingConfig(Section):
     progress_bar: bool = True  # tqdm, on stderr
     show_example: bool = True  # print one training sample with its target tokens marked
     plots: Literal["none", "end", "epoch", "step"] = "end"  # when to draw the curves; step: every log_steps
-    # Trackers besides metrics.jsonl: none, tensorboard, trackio, wandb, or several (wandb,trackio); all: those that are
-    # installed; auto: one of them
-    report_to: str | tuple[str, ...] = "none"
+    # Trackers besides metrics.jsonl: none, tensorboard, trackio, wandb, or several (wandb,trackio)
+    report_to: str | tuple[str, ...] = "none"  # all: those that are installed; auto: one of them
     gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
 

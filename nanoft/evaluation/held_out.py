@@ -26,6 +26,7 @@ from nanoft.io.untrusted import read_json
 from nanoft.metrics.rewards import Prompt
 from nanoft.models.open import is_run
 from nanoft.objectives import OBJECTIVES
+from nanoft.objectives.rollouts import with_room_for_answers
 from nanoft.runtime.device import library_versions
 
 
@@ -85,6 +86,8 @@ def read_held_out(
         shapes = {str(next(iter(read_file(path, data, learns=learns)))) for path in paths}
         limit = 2**31 - 1 if shapes == {"text"} else limit
     corpus = build_datasets(data, chat, limit, config.system.seed, print, learns=learns)
+    if config.sampled_tokens:
+        corpus = with_room_for_answers(corpus, config.model.max_seq_length - config.sampled_tokens)
     samples = corpus.training if file else corpus.validation
     if not len(samples):
         raise UserError(f"{source}: this run has no validation data (data.validation_split=0): give --data FILE")

@@ -364,7 +364,9 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
         if not any(is_inside(name, module_name(saved)) for name in copies):
             raise UserError(f"modules_to_save: {saved!r:.60} has no tensors: copy the adapter again")
     narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
-    if narrowed or lora.rank_pattern or lora.alpha_pattern or any(place != name for name, place in places.items()):
+    keys = (*lora.rank_pattern, *lora.alpha_pattern)
+    has_idle_key = not all(any(by_pattern({key: 1}, place, 0) for place in places.values()) for key in keys)
+    if narrowed or has_idle_key or any(place != name for name, place in places.items()):
         # The tensors say which modules have adapters; the patterns, what ranks and alphas these have.
         ranks = {name: by_pattern(lora.rank_pattern, place, lora.rank) for name, place in places.items()}
         alphas = {name: by_pattern(lora.alpha_pattern, place, lora.alpha) for name, place in places.items()}

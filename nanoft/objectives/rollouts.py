@@ -8,7 +8,7 @@ answers are sampled nor on how many processes share the work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,16 @@ def prompt_lengths(samples: TokenDataset) -> Array:
     """The tokens of each sample before its first target, (n,)."""
     targets = np.flatnonzero(samples.tokens < 0)
     return targets[np.searchsorted(targets, samples.begins)] - samples.begins
+
+
+def with_room_for_answers(corpus: PreparedDataset, room: int, say: Log = print) -> PreparedDataset:
+    """The samples whose prompts have at most `room` tokens."""
+    training, validation = (side[prompt_lengths(side) <= room] for side in (corpus.training, corpus.validation))
+    if lost := len(corpus.training) + len(corpus.validation) - len(training) - len(validation):
+        say(f"warning: {lost:,} prompts of more than {room} tokens leave no room for answers: skipped")
+    if not len(training):
+        raise UserError(f"model.max_seq_length: no prompt leaves room for an answer in {room} tokens: raise it")
+    return replace(corpus, training=training, validation=validation)
 
 
 class Prompts:

@@ -20,7 +20,7 @@ from nanoft.evaluation.held_out import read_general
 from nanoft.evaluation.report import ReportInputs, leakage_of_run, report, settings_of
 from nanoft.export.merge import save_result
 from nanoft.generation.sampling import NotFinite
-from nanoft.io.tables import format_duration, wrap
+from nanoft.io.tables import format_duration
 from nanoft.kernels import sharding
 from nanoft.lora import inject_lora
 from nanoft.metrics import answers
@@ -93,7 +93,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
     ctx.run.write_report({**values, **usage, "data": ctx.corpus.report}, markdown)  # after it, the run has ended
     ctx.run.print(f"{chart}\n{terminal}{advice}" if chart else terminal + advice)
     done = f"{state.step} steps in {format_duration(seconds)}, {speed:,.0f} tokens/s"
-    ctx.run.print("\n" + wrap(f"result    {result}: {done}; report in {where}/report.html", 10))
+    ctx.run.print(f"\nresult    {result}: {done}\n          report in {where}/report.html")
     return 0
 
 

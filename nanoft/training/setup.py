@@ -50,7 +50,7 @@ from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_
 from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, load_model
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES, trains_score
-from nanoft.objectives.rollouts import prompt_lengths
+from nanoft.objectives.rollouts import with_room_for_answers
 from nanoft.runtime import distributed
 from nanoft.runtime.device import Machine, describe_device, library_versions
 from nanoft.runtime.memory import peak_memory_gb
@@ -176,7 +176,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, most, seed, run.print, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
     if config.sampled_tokens:
-        corpus = with_room_for_answers(corpus, length - config.sampled_tokens, run)
+        corpus = with_room_for_answers(corpus, length - config.sampled_tokens, run.print)
     needed = {
         f"training.early_stopping_patience: {t.early_stopping_patience}": t.early_stopping_patience,
         "evaluation.on_start: true": config.evaluation.on_start,
@@ -216,16 +216,6 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     padding, seconds = 1 - utilization(batches), time.perf_counter() - started
     run.print(f"batches   {windows:,} steps per epoch, {100 * padding:.1f} % padding ({seconds:.1f} s)")
     return corpus, batches
-
-
-def with_room_for_answers(corpus: PreparedDataset, room: int, run: Run) -> PreparedDataset:
-    """The samples whose prompts have at most `room` tokens."""
-    training, validation = (side[prompt_lengths(side) <= room] for side in (corpus.training, corpus.validation))
-    if lost := len(corpus.training) + len(corpus.validation) - len(training) - len(validation):
-        run.print(f"warning: {lost:,} prompts of more than {room} tokens leave no room for answers: skipped")
-    if not len(training):
-        raise UserError(f"model.max_seq_length: no prompt leaves room for an answer in {room} tokens: raise it")
-    return replace(corpus, training=training, validation=validation)
 
 
 def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:

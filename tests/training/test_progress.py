@@ -111,8 +111,8 @@ def test_a_run_with_fractions_and_epochs_is_resumed_bit_for_bit(tmp_path: Path, 
     for name in ("whole", "stopped"):
         found = {kind: [e["step"] for e in runs.events(tmp_path / name, kind)] for kind in ("train", "eval", "sample")}
         assert found == {"train": [3, 5, 8, 10], "eval": [0, 5, 10], "sample": [0, 0, 5, 5, 10, 10]}
-        text = (tmp_path / name / "train.log").read_text()
-        assert "          evaluation every 5 steps, checkpoint every 5 steps, log every 2.5 steps\n" in text
+        text = " ".join((tmp_path / name / "train.log").read_text().split())
+        assert " evaluation every 5 steps, checkpoint every 5 steps, log every 2.5 steps " in text
     for kind, keys in {"train": ["loss"], "eval": ["loss"], "sample": ["prompt", "answer", "stopped"]}.items():
         pairs = zip(*(runs.events(tmp_path / name, kind) for name in ("whole", "stopped")), strict=True)
         assert all([one[key] for key in keys] == [other[key] for key in keys] for one, other in pairs)
