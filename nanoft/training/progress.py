@@ -40,7 +40,8 @@ FALLEN = -1.0  # reward of chosen answers; with a beta of 0.1, they are 10 nats 
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
     """A bar over the optimizer steps; also in a file or notebook, where every update of the bar stays."""
     looks: dict[str, Any] = {} if sys.stderr.isatty() else {"ncols": 80, "dynamic_ncols": False, "mininterval": 5.0}
-    looks |= {"disable": not Bar.enabled, "delay": 0.0, "bar_format": BAR, "unit_scale": False}
+    hidden = not ctx.config.logging.progress_bar or bool(distributed.process_rank())
+    looks |= {"disable": hidden, "delay": 0.0, "bar_format": BAR, "unit_scale": False}
     return Bar(total=ctx.total_steps, initial=state.step, **looks)
 
 
