@@ -11,17 +11,19 @@ TRITON_INTERPRET=1 they run on a CPU, slowly, which is how they are tested where
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nanoft import attention
-from nanoft.model import ACTIVATIONS
+from nanoft.attention import Rotation, SequenceContext
+from nanoft.blocks.norms import RMSNorm
+from nanoft.blocks.rope import Rope
+from nanoft.model import ACTIVATIONS, MLP, DecoderConfig, SelfAttention
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, unpack_table
 
 BLOCKS = 16  # blocks of 64 weights that one program unpacks
@@ -299,20 +301,24 @@ def rotate(
 
 
 def first_difference(device: torch.device) -> str:
-    """Which of the kernels differs from its formula on a few numbers on a device; "" if none does."""
+    """Which of the kernels differs from the core on a few numbers on a device, also if that was edited; "" if none."""
     x = torch.linspace(-3, 3, 4 * 64, device=device).view(1, 4, 1, 64).requires_grad_()
-    w, angles = (
-        torch.linspace(0.5, 1.5, 64, device=device),
-        torch.linspace(0, 7, 4 * 32, device=device).view(1, 4, 1, 32),
-    )
-    normed, turn = F.rms_norm(x, (64,), w, 1e-5), (angles.cos(), angles.sin())
-    layer = Linear4bit(x.detach().view(4, 64), None, "nf4", True, x.dtype)
+    w, angles = torch.linspace(0.5, 1.5, 64, device=device), torch.linspace(0, 7, 128, device=device)
+    cos, sin = (part.view(1, 4, 1, 32) for part in (angles.cos(), angles.sin()))
+    config = DecoderConfig(8, 64, 64, 1, 1, 1, 64, 1e-5, (Rope(),), False, (None,), "", qk_norm="head")
+    attn, layer = SelfAttention(config, 0).to(device), Linear4bit(x.detach().view(4, 64), None, "nf4", True, x.dtype)
+    for norm in filter(None, (attn.q_norm, attn.k_norm)):
+        norm.weight = nn.Parameter(w, requires_grad=False)
     pairs = {
         "4-bit weights": (unpack_4bit(layer.parts, "nf4", x.dtype), unpack_table(layer.parts, "nf4", x.dtype)),
-        "RMSNorm": (rms_norm(x, w, 1e-5, 0.0), normed),
-        "rotation": (rotate(x, *turn, w, 1e-5), attention.rotate(normed, *turn)),
-        **{kind: (gated(x, x, kind), formula(x) * x) for kind, formula in ACTIVATIONS.items()},
+        "RMSNorm": (rms_norm(x, w, 1e-5, 1.0), RMSNorm(64, 1e-5, 1.0).formula(x, w)),
+        "rotation": (
+            rotate(x, cos, sin, w, 1e-5),
+            attn.heads([x.flatten(2)] * 3, SequenceContext([Rotation(cos, sin)]))[0],
+        ),
     }
+    for kind in ACTIVATIONS:
+        pairs[kind] = gated(x, x, kind), MLP(replace(config, activation=kind)).activate(x, x)
     for name, (found, expected) in pairs.items():
         both = [found, expected]
         if found.requires_grad:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from tiny_families import make_family
 from torch import Tensor
 
 from nanoft import attention, kernels, nf4
+from nanoft.blocks.norms import RMSNorm
 from nanoft.config import Config
 from nanoft.kernels import fused
 from nanoft.kernels import triton_kernels as own
-from nanoft.model import ACTIVATIONS
+from nanoft.model import ACTIVATIONS, MLP, SelfAttention
 from nanoft.models.families import FAMILIES
 from nanoft.models.weights import load_model
 
@@ -154,3 +156,19 @@ def test_where_they_cannot_run_formulas_do(enabled: None, tmp_path: Path, monkey
     monkeypatch.setattr(own, "first_difference", fail)
     assert "(RuntimeError: Failed to find C compiler.)" in kernels.apply(model, Config().lora)
     assert kernels.describe(model).endswith("blocks fast")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "said"),
+    [(RMSNorm, "formula", "RMSNorm"), (MLP, "activate", "silu"), (SelfAttention, "heads", "rotation")],
+)
+def test_an_edit_of_the_core_is_not_ignored(owner: Any, name: str, said: str, monkeypatch: Patch) -> None:
+    formula = getattr(owner, name)
+
+    def edited(*values: Any) -> Any:
+        made = formula(*values)
+        return [part * 1.01 for part in made] if isinstance(made, tuple) else made * 1.01
+
+    monkeypatch.setattr(owner, name, edited)
+    monkeypatch.setattr(fused, "_kernels", {})
+    assert f"({said})" in fused.enable(DEVICE)
