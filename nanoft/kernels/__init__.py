@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
-from nanoft.kernels import attention, fused
+from nanoft.kernels import attention, experts, fused
 from nanoft.kernels.attention import FastContext
 from nanoft.kernels.block import FastBlock, supports
 from nanoft.kernels.decode import FastCacheContext, twin
@@ -46,6 +46,7 @@ def _install(model: Decoder) -> None:
     for block in model.model.layers:
         if supports(block):
             block.__class__ = FastBlock
+        experts.install(block)
     model.context_class = FastContext
 
 
@@ -93,6 +94,9 @@ def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
     sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
     sizes |= {"num_heads": 4, "num_kv_heads": 4 if config.qkv == "interleaved" else 2, "head_dim": 8}
     sizes |= {name: (value[0], value[-1]) for name, value in vars(config).items() if isinstance(value, tuple)}
+    if routing := config.routing:
+        ends = routing.layers[0], routing.layers[-1]
+        sizes["routing"] = replace(routing, layers=ends, experts=4, chosen=min(routing.chosen, 2), width=8)
     sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
     sizes["ropes"] = tuple(rope and replace(rope, kind="default", context=3) for rope in sizes["ropes"])
     model = Decoder(replace(config, **sizes))

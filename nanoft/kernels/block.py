@@ -53,9 +53,7 @@ class FastBlock(Block):
         x = x if self.parallel else y
         if not supports_mlp(self):
             return self.add(y, self.norm(3)(self.mlp(self.norm(2)(x))))
-        mlp = self.mlp
-        projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], *normed(self.norm(2), x))
-        return self.add(y, self.norm(3)(grouped_linear((mlp.down_proj,), fused.activation(mlp, x), *projected)[0]))
+        return self.add(y, self.norm(3)(grouped_mlp(self.mlp, *normed(self.norm(2), x))))
 
 
 def supports(block: nn.Module) -> bool:
@@ -64,14 +62,14 @@ def supports(block: nn.Module) -> bool:
 
 
 def supports_attention(block: Block) -> bool:
-    return _is_known(block.norm(0), block.self_attn, SelfAttention)
+    return is_known(block.norm(0), block.self_attn, SelfAttention)
 
 
 def supports_mlp(block: Block) -> bool:
-    return _is_known(block.norm(2), block.mlp, MLP)
+    return is_known(block.norm(2), block.mlp, MLP)
 
 
-def _is_known(norm: Any, half: nn.Module, kind: type[nn.Module]) -> bool:
+def is_known(norm: Any, half: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether norm, half and its linears are of exactly the known types: a subclass may compute something else."""
     linears = [module for name, module in half.named_children() if name.endswith("_proj")]
     adapted = [linear.base if type(linear) in VARIANTS.values() else linear for linear in linears]
@@ -80,6 +78,12 @@ def _is_known(norm: Any, half: nn.Module, kind: type[nn.Module]) -> bool:
         and type(half) is kind
         and {type(linear) for linear in adapted} <= LINEARS
     )
+
+
+def grouped_mlp(mlp: Any, prepare: Prepare, *inputs: Tensor) -> Tensor:
+    """mlp(prepare(*inputs)); of what it computes, the projections alone are kept."""
+    projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], prepare, *inputs)
+    return grouped_linear((mlp.down_proj,), fused.activation(mlp, inputs[0]), *projected)[0]
 
 
 def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:
