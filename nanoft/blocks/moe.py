@@ -49,9 +49,14 @@ class Experts(nn.Module):
         """The weights and the numbers of the experts of each token: from (n, hidden), (n, k) each."""
         with torch.autocast(tokens.device.type, enabled=False):
             logits = self.router(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))  # (n, experts)
-        largest, chosen = logits.topk(self.chosen, dim=-1)
-        weights = largest.softmax(-1) if self.over_chosen else logits.softmax(-1).gather(-1, chosen)
-        return weights, chosen
+        chosen = self.choose(logits)
+        if self.over_chosen:
+            return logits.gather(-1, chosen).softmax(-1), chosen
+        return logits.softmax(-1).gather(-1, chosen), chosen
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The experts with the k largest logits, (n, k)."""
+        return logits.topk(self.chosen, dim=-1).indices
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # how many tokens an expert has keeps changing
     def forward(self, x: Tensor) -> Tensor:
@@ -61,15 +66,15 @@ class Experts(nn.Module):
         """
         tokens = x.flatten(0, -2)  # (n, hidden)
         weights, chosen = self.route(tokens)
-        token, place, counts = self.rows_by_expert(chosen)
+        token, place, counts = self.rows_by_expert(chosen, tokens.dtype)
         inputs = tokens.index_select(0, token).split(counts)
         used = [e for e, count in enumerate(counts) if count or self.training]
         outputs = torch.cat([self.experts[e](inputs[e]) for e in used]).index_select(0, place)
         outputs = outputs.unflatten(0, chosen.shape)  # (n, k, hidden)
         return (outputs * weights[..., None].to(outputs.dtype)).sum(1).to(x.dtype).view_as(x)
 
-    def rows_by_expert(self, chosen: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-        """A row for each of the n k pairs of token and expert, by expert.
+    def rows_by_expert(self, chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[int]]:
+        """A row for each of the n k pairs of token and expert, by expert; `dtype` is that of the tokens.
 
         The token of each row, (rows,); the row of each pair, (n k,); how many rows each expert has.
         """

@@ -110,6 +110,19 @@ def split_gate_up(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return rest
 
 
+def check_stacks(adapters: Mapping[str, Any], experts: int) -> None:
+    """Refuse what PEFT's format has no place for: all `experts` of a layer have plain LoRA of one rank, or none has."""
+    stacks: dict[str, list[Any]] = {}
+    for name, adapter in adapters.items():
+        if ".experts." in name:
+            stacks.setdefault(stack_name(f"{name}.weight"), []).append(adapter)
+    for name, own in stacks.items():
+        if any(getattr(a, "lora_magnitude_vector", a) is not None or a.bias is not None for a in own):
+            raise UserError(f"lora: {name}: stacked experts have plain LoRA only: no lora.dora, bias, modules_to_save")
+        if len({len(adapter.lora_A) for adapter in own}) > 1 or len(own) < experts:
+            raise UserError(f"lora.rank_pattern, lora.target_modules: {name}: one rank for all {experts} experts")
+
+
 def stack_adapter(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `unstack_adapter`; the experts of a layer have one rank."""
     found, stacks = dict[str, Tensor](), dict[str, list[Tensor]]()

@@ -240,6 +240,8 @@ def _qwen3_moe(hf: Fields) -> dict[str, Any]:
     step, dense, size = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or [], hf.get("head_dim")
     if type(step) is not int or step < 1:
         raise UserError(f"decoder_sparse_step: {step!r:.60} is not a number of layers")
+    if not isinstance(dense, list):
+        raise UserError(f"mlp_only_layers: {dense!r:.60} is not a list of layers")
     sparse = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(hf["num_hidden_layers"]))
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     width, normed = hf.get("moe_intermediate_size", 768), bool(hf.get("norm_topk_prob", False))

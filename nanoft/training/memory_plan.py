@@ -37,6 +37,8 @@ from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import NORMS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import vocabulary_of
+from nanoft.models.expert_files import check_stacks
+from nanoft.models.families import FAMILIES
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import find_adapter, is_run, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import add_score, choose_dequantize, grow_vocabulary
@@ -108,6 +110,8 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
     lora = with_added_tokens(config.lora, more, decoder.tied)
     grow_vocabulary(model, max(decoder.vocab_size + len(more), vocabulary_of(lora, {})))
     adapters = inject_lora(model, lora, 0)
+    if decoder.routing and FAMILIES[decoder.family].stacked:
+        check_stacks(adapters, decoder.routing.experts)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = sum(t.numel() for adapter in adapters.values() for t in adapter.buffers(recurse=False))
     inside = {name: a for name, a in adapters.items() if isinstance(a, LoRALinear) and ".layers." in name}
@@ -171,7 +175,8 @@ def estimate_memory(
     bits = 16 if full or config.quantization.dequantize == "cached" else config.quantization.bits
     moments = OPTIMIZERS[config.training.optimizer].bytes_per_parameter(config.training)
     cpu, r = device_type == "cpu", decoder.routing
-    chosen = r.chosen + r.experts * MULTIPLE / 2 * cpu / max(tokens, 1) if r else 0.0  # rows of experts for each token
+    padding = MULTIPLE / 2 * (cpu and e < 4) / max(tokens, 1)  # rows of an expert that are no token's
+    chosen = r.chosen + r.experts * padding if r else 0.0  # rows of experts for each token
     widths = mlp_widths(decoder, chosen)
     block = kept_by_block(decoder, counts, config, e, widths) * tokens
     waiting = {"all": block, "input": tokens * decoder.hidden_size * e, "offloaded": 0.0}

@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -66,6 +67,8 @@ Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, 
 SHAPE = """
     rank alpha target_modules rank_pattern alpha_pattern rslora dora bias modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
+# Parts of the model, by a part of their modules' names.
+PARTS = {".experts.": "experts", ".router.": "routers", ".self_attn.": "attention", ".mlp.": "MLPs"}
 IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
 
 
@@ -352,6 +355,21 @@ def describe_adapters(adapters: dict[str, Adapter]) -> list[str]:
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
+def describe_weights(model: Decoder) -> str:
+    """What is frozen and trained in which number format, by parts of the model, in numbers: nothing is left out."""
+    found: dict[str, Counter[str]] = {}
+    for name, module in model.named_modules():
+        kind = next((kind for part, kind in PARTS.items() if part in f".{name}."), "the rest")
+        kind = "adapters" if isinstance(module, Adapter) else kind
+        for p in module.parameters(recurse=False):
+            form = f"{'trained' if p.requires_grad else 'frozen'} in {str(p.dtype).removeprefix('torch.')}"
+            found.setdefault(form, Counter())[kind] += p.numel()
+        if isinstance(module, (Linear4bit, Linear8bit)):
+            found.setdefault(f"frozen in {module.kind}", Counter())[kind] += module.in_features * module.out_features
+    parts = {form: ", ".join(f"{kind} {count:,}" for kind, count in own.items()) for form, own in found.items()}
+    return "; ".join(f"{form}: {own}" for form, own in sorted(parts.items()))
+
+
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
     """Print what is about to happen: on which device, what is trained, how long it will take."""
     c, t, say = ctx.config, ctx.config.training, ctx.run.print
@@ -370,6 +388,7 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(ctx.adapters):
         say(f"          {line}")
+    say(wrap(f"weights   {describe_weights(ctx.model)}", 10))
     say(f"kernels   {kernels.describe(ctx.model)}")
     shape = ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed
     say(f"attention {kernels.describe_attention(ctx.model, *shape)}")
