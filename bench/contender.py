@@ -192,7 +192,17 @@ def measure(
         seconds.append(time.perf_counter() - started)
         losses.append(float(loss))
         norms.append(float(norm))
-    counted, seconds = steps[args.warmup :], seconds[args.warmup :]
+    return figures(args, device, (seconds, losses, norms), loaded_mb)
+
+
+def figures(
+    args: argparse.Namespace, device: Any, steps_taken: tuple[list[float], list[float], list[float]], loaded_mb: int
+) -> dict[str, Any]:
+    """The line of JSON, from seconds, losses and gradient norms of all steps, and the peak memory before the first."""
+    import torch
+
+    seconds, losses, norms = steps_taken
+    counted, seconds = read_steps(args)[args.warmup :], seconds[args.warmup :]
     speeds = [sum(len(text.ids) for text in texts) / s for texts, s in zip(counted, seconds, strict=True)]
     work = [gflop_of_step(args, texts) for texts in counted]
     cuda = device.type == "cuda"
@@ -204,7 +214,7 @@ def measure(
         "peak_rss_mb": peak_rss_mb(),
         "peak_cuda_mb": torch.cuda.max_memory_allocated() // 2**20 if cuda else None,
         "reserved_cuda_mb": torch.cuda.max_memory_reserved() // 2**20 if cuda else None,
-        "loaded_rss_mb": loaded_mb,  # the peak before the first step
+        "loaded_rss_mb": loaded_mb,
         "threads": torch.get_num_threads(),
         "speeds": [round(speed, 2) for speed in speeds],
         "losses": [round(loss, 6) for loss in losses],

@@ -127,7 +127,7 @@ def table_row(row: dict[str, Any]) -> str:
         f"{row['percent_of_matmul']:.0f}",
         f"{row.get('peak_cuda_mb', row['peak_rss_mb']):,.0f}",
         f"{row['reserved_cuda_mb']:,.0f}" if "reserved_cuda_mb" in row else "",
-        difference(check) if check else "",
+        difference({"peer": check}) if check else "",
         f"{row['speedup']:.2f}" if "speedup" in row else "",
     ]
     return "| " + " | ".join(cells) + " |"
