@@ -384,10 +384,10 @@ TOKENIZERS = {
     "settings nested": Case("tokenizer", put(SETTINGS, '{"a":' * 100 + "1" + "}" * 100), "nested too deeply"),
     "settings with code": Case("tokenizer", fields(SETTINGS, auto_map={"AutoTokenizer": ["x.T", None]}), "never runs"),
     "stop token 10^30": Case(
-        "tokenizer", put("generation_config.json", f'{{"eos_token_id": {10**30}}}'), "expected ids"
+        "tokenizer", put("generation_config.json", f'{{"eos_token_id": {10**30}}}'), "expected token ids"
     ),
-    "stop token -1": Case("tokenizer", put("generation_config.json", '{"eos_token_id": [-1]}'), "expected ids"),
-    "stop token true": Case("tokenizer", put("generation_config.json", '{"eos_token_id": true}'), "expected ids"),
+    "stop token -1": Case("tokenizer", put("generation_config.json", '{"eos_token_id": [-1]}'), "expected token ids"),
+    "stop token true": Case("tokenizer", put("generation_config.json", '{"eos_token_id": true}'), "expected token ids"),
     "template linked from elsewhere": Case(
         "tokenizer", both(put(TEMPLATE, "{{ messages }}"), link(TEMPLATE)), "leads out of its directory"
     ),
@@ -561,8 +561,8 @@ CONFIGS = {
     "keys that are lists": yaml("? [a]\n: 1"),
     "a control character": yaml("model: {name: '\x07'}"),
     "a token": yaml(f"model: {{name: {TOKEN}}}", "model.name: contains what looks like an access token"),
-    "a token in a table": yaml(f"data: {{template_args: {{key: {TOKEN}}}}}", "template_args: contains an access token"),
-    "a password": yaml("data: {train_file: 'https://me:secret@x.org/a.jsonl'}", "train_file: contains an access token"),
+    "a token in a table": yaml(f"data: {{template_args: {{key: {TOKEN}}}}}", "template_args: contains what looks"),
+    "a password": yaml("data: {train_file: 'https://me:secret@x.org/a.jsonl'}", "train_file: contains what looks"),
     "JSON nested": Case("config", put("c.json", '{"model":' * 70 + "1" + "}" * 70), "nested too deeply"),
     "JSON of 17 MB": Case("config", put("c.json", '"' + "x" * (17 << 20) + '"'), "larger than"),
     "a pipe": Case("config", pipe("c.yaml"), "no such config file"),

@@ -94,7 +94,7 @@ def squares(parameters: Any) -> dict[tuple[int, ...], float]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_and_the_files_are_pefts(name: str, base: Path, tmp_path: Path) -> None:
     if (name, base.name) == ("rows of both", "llama-tied"):
-        pytest.skip("a tied head has no rows of its own")
+        pytest.skip("a tied head has no separate rows")
     theirs = theirs_of(base, tmp_path / "theirs", **CASES[name])
     expected = theirs(input_ids=IDS, labels=IDS).loss
     expected.backward()

@@ -807,7 +807,7 @@ def test_embeddings_saved_beside_an_adapter_are_read(runs: Path, tmp_path: Path)
         ({"base_model_name_or_path": 3}, "base_model_name_or_path: 3 is not a name"),
         ({"base_model_name_or_path": "/no/such"}, "adapter_config.json: base_model_name_or_path: /no/such: no such"),
         ({"peft_type": "IA3"}, "peft_type: 'IA3' is not supported"),
-        ({"revision": "v2"}, "is a directory, which has no revision v2"),
+        ({"revision": "v2"}, "is a directory, which has no revisions: remove @v2"),
         ({"lora_bias": True}, "lora_bias: True is not supported"),
         ({"unheard_of": 1}, "unheard_of: 1 is not supported"),
     ],
