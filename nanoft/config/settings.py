@@ -320,11 +320,8 @@ class Config:
     def __post_init__(self) -> None:
         t, d, bits, sharded = self.training, self.data, self.quantization.bits, self.training.sharding == "full"
         stride, length = self.evaluation.stride, self.model.max_seq_length
-        packed = f"quantization.bits: {bits}"
         packed_full = t.method == "full" and bits != 16
-        _refuse(packed_full, f"{packed} needs a frozen base: set it to 16 or training.method=lora")
-        fix = "set it to 16 (each of N processes holds an Nth of it) or training.sharding=none"
-        _refuse(sharded and bits != 16, f"{packed}: packed weights cannot be sharded: {fix}")
+        _refuse(packed_full, f"quantization.bits: {bits} needs a frozen base: set it to 16 or training.method=lora")
         fix = "not supported with training.sharding=full: change one of them"
         _refuse(sharded and t.compile, f"training.compile: {fix}")
         per_module = sharded and self.logging.gradient_steps

@@ -165,7 +165,11 @@ def estimate_memory(
     chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
     split = config.training.sharding == "full"
     part = 1 / config.system.ranks if split else 1.0  # of weights, gradients and moments, on each rank
-    gathered = stored * (2 * counts.linears / decoder.num_layers + counts.others)  # this block, the next, and the rest
+    linears = counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16)
+    table, scored = 0 if full else decoder.vocab_size * decoder.hidden_size, trains_score(config)
+    head = 0 if scored or counts.trains_head else table  # whole on each rank, if it is frozen
+    lookup = 0 if decoder.tied and not scored else table  # gathered for a moment only
+    gathered = 2 * linears / decoder.num_layers + stored * (counts.others - head - lookup)  # this block, the next, rest
     unpacked = decoder.hidden_size * decoder.intermediate_size * e * (bits < 16)  # the largest weight, for its product
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
@@ -178,8 +182,8 @@ def estimate_memory(
     slopes = chunk * decoder.vocab_size * 2.0 * e * (decoder.logit_cap is not None)  # of capped logits
     parts = {
         "process": baseline + kernels + BITSANDBYTES * (cpu and bits == 4),
-        "linears": part * counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16),
-        "head, embedding": part * counts.others * stored,
+        "linears": part * linears,
+        "head, embedding": (part * counts.others + (1 - part) * head) * stored,
         "gathered": gathered * split * (2 if full else 1),  # with their gradients
         "adapters": part * 4.0 * counts.adapters,
         "reference": part * 4.0 * counts.trained * copied,  # its forward pass keeps nothing, and is over by then

@@ -284,11 +284,11 @@ def vocabulary(files: ModelFiles, tokenizer: ChatTokenizer, start: TrainedAdapte
 
 def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int = 0, on_cpu: bool = False) -> Decoder:
     """The base model: as it is stored, quantized while it streams from disk, or random; of at least `tokens` tokens."""
-    device = torch.device("cpu") if on_cpu or config.training.sharding == "full" else machine.device
+    device, sharded = (torch.device("cpu") if on_cpu else machine.device), config.training.sharding == "full"
     # full training in float32: AdamW's small updates are lost when they are added to bfloat16
     dtype = torch.float32 if config.training.method == "full" else machine.dtype
     seed = config.system.seed if config.model.random_init else None
-    model = load_model(files, device, dtype, quantization_of(config), seed)
+    model = load_model(files, device, dtype, quantization_of(config), seed, sharded=sharded and not on_cpu)
     grow_vocabulary(model, tokens)
     if trains_score(config):
         add_score(model, config.system.seed)
@@ -356,7 +356,8 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     """Print what is about to happen: on which device, what is trained, how long it will take."""
     c, t, say = ctx.config, ctx.config.training, ctx.run.print
     packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, (Linear4bit, Linear8bit)))
-    total = sum(p.numel() for p in ctx.model.parameters()) + packed
+    codes = {*Linear4bit.NAMES, *Linear8bit.NAMES}  # parameters of a sharded model
+    total = packed + sum(p.numel() for n, p in ctx.model.named_parameters() if n.rpartition(".")[2] not in codes)
     trainable = sum(p.numel() for _, p in ctx.trained)
     kind = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}" if ctx.adapters else "every parameter"
     form, double = quantization_of(c) or ("", False)
