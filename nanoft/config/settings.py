@@ -252,7 +252,7 @@ class GuardConfig(Section):
 
 @dataclass(frozen=True)
 class OutputConfig(Section):
-    dir: str = ""  # run directory; empty: runs/<config name>, plus a hash of the overrides if there are any
+    dir: str = ""  # run directory; empty: runs/<config name>; overrides add their base, data and method, and a hash
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class LoggingConfig(Section):
     show_example: bool = True  # print one training sample with its target tokens marked
     plots: Literal["none", "end", "epoch", "step"] = "end"  # when to draw the curves; step: every log_steps
     # Trackers besides metrics.jsonl: none, tensorboard, trackio, wandb, or several (wandb,trackio)
-    report_to: str | tuple[str, ...] = "none"  # all: those that are installed; auto: one of them
+    report_to: str | tuple[str, ...] = "none"  # all: those that are installed; auto: one, but not wandb
     gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
 
@@ -271,7 +271,7 @@ class SystemConfig(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     seed: int = bounded(0, 0, 2**32 - 1)  # data order, adapter initialization, dropout
     deterministic: bool = False  # deterministic CUDA kernels (slower); a CPU is always deterministic
-    threads: int = bounded(0, 0, 1024)  # of the CPU; 0: PyTorch's default
+    threads: int | Literal["auto"] = bounded("auto", 0, 1024)  # of the CPU; auto (or 0): the cores that may be used
     memory_gb: float | None = bounded(None, 0.1)  # of the device, for --plan on another machine
     ranks: int = bounded(1, 1)  # world size: the number of processes that torchrun starts
     profile: bool = False  # write a profile of a few steps into profile/
