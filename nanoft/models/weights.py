@@ -142,7 +142,7 @@ def load_model(
     random_seed: int | None = None,  # initialize the weights randomly instead of reading them
     unpacked_dtype: torch.dtype | None = None,  # of dequantized weights; None: `dtype`
     files: list[Path] | None = None,  # to read instead of the directory's
-    sharded: bool = False,  # each rank keeps its part of the blocks' linears
+    store: Callable[[nn.Module], None] | None = None,  # where to keep what was loaded of a module of a block
 ) -> Decoder:
     """Build the decoder of a Hugging Face directory and load its weights; raises what `open_weights` does."""
     base = base if isinstance(base, ModelFiles) else ModelFiles.read(base)
@@ -171,8 +171,8 @@ def load_model(
         else:
             value = tensor if packed is None else packed.dequantize().to(dtype)  # packed: a head
             distributed.set_parameter(model, name, nn.Parameter(value))
-        if sharded and is_linear:
-            distributed.keep_shard(model.get_submodule(name.removesuffix(".weight")))
+        if store and name.startswith("model.layers."):
+            store(model.get_submodule(name.rpartition(".")[0]))
     return model
 
 

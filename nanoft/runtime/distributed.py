@@ -150,12 +150,12 @@ def is_sharded() -> bool:
 
 
 def keep_shard(module: nn.Module) -> None:
-    """Keep this rank's part of each tensor of a module that is loaded; a scalar stays whole."""
+    """Keep this rank's part of each tensor that was loaded of a module; a scalar stays whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor  # takes half a second, so only here
 
     for name, whole in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        if whole.dim() and not whole.is_meta:
+        if whole.dim() and not whole.is_meta and not hasattr(whole, "full_tensor"):
             mesh = init_device_mesh(whole.device.type, (world_size(),))
             part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
             delattr(module, name)  # FSDP shards parameters only, so a buffer becomes one

@@ -28,6 +28,7 @@ from nanoft.nf4 import packed_bytes
 from nanoft.objectives.reference import Reference
 from nanoft.optim import build_optimizer
 from nanoft.runtime.device import Machine
+from nanoft.training import memory_plan
 from nanoft.training.memory_plan import (
     Plan,
     Planner,
@@ -97,6 +98,36 @@ def test_a_70b_in_4_bits_on_two_cards_of_24_gib(
     assert float(found["head, embedding"][0]) == pytest.approx(2.101 * 1.5, rel=1e-3)
     assert float(found["gathered"][0]) == pytest.approx(2 * 68.45 / 80 * 0.516, rel=0.01)
     assert float(found["peak"][0]) == pytest.approx(23.1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory_gb", "host_gb", "chosen"),
+    [
+        ({}, 8, 64, "host"),  # 14 GB of linears
+        ({}, 24, 64, "auto"),
+        ({}, 8, 12, "auto"),
+        ({"quantization.bits": 4}, 8, 64, "auto"),
+        ({"training.checkpointing": "none"}, 8, 64, "auto"),
+    ],
+)
+def test_a_base_that_does_not_fit_stays_on_the_host(
+    settings: dict[str, Any], memory_gb: float, host_gb: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks of 436 MB on the device; pinned memory takes 512 MiB for each of 32; 60 copies a micro-batch."""
+    monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: host_gb * 1e9)
+    config = Config().override({"training.gradient_accumulation_steps": 4, **settings})
+    machine = Machine(torch.device("cuda"), torch.bfloat16, memory_gb * 1e9, present=False)
+    planner = Planner.of(config, machine, decoder_config(MISTRAL_7B))
+    config = memory_plan.resolve_base_device(planner)
+    assert config.model.base_device == chosen
+    if chosen == "host":
+        planner = replace(planner, config=config)
+        plan = planner.choose_activations(1, 2048)
+        assert plan.parts["linears"] == 4 * 218_103_808
+        assert set(plan.keep) == {"input"}
+        assert plan.peak < 0.9 * memory_gb * 1e9
+        assert memory_plan.describe_streaming(planner).split()[0] == f"{32 * 2**29 / 1e9:.3f}"
+        assert f"{4 * 60 * 2 * 218_103_808 / 1e9:.1f} GB copied" in memory_plan.describe_streaming(planner)
 
 
 def test_the_work_of_a_token_is_the_known_one() -> None:
