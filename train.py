@@ -160,8 +160,7 @@ def build(
         run.print(f"warning: {warning}")
     if config.training.compile:
         compile_blocks(model)
-    if config.training.sharding == "full":
-        sharding.shard_model(model, machine.device)
+    setup.place_model(model, config, machine.device)
     optimizer = build_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.training)
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,

@@ -38,6 +38,7 @@ from nanoft.blocks.trained import PACKED, Adapter, TrainedCopy, TrainedRows, cop
 from nanoft.config import LoRAConfig
 from nanoft.io.untrusted import time_limit
 from nanoft.nf4 import Frozen, matmul
+from nanoft.runtime.distributed import gathered
 
 WORDS = {"all-linear": ".layers.", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
 MATCHING_SECONDS = 5.0  # limit for regular expressions, which may be untrusted: `(.+)+!` never ends
@@ -307,7 +308,8 @@ def make_lora(name: str, base: Any, lora: LoRAConfig, generator: torch.Generator
     most = min(base.in_features, base.out_features)
     if variant.NEEDS_FULL_RANK and lora.rank > most:
         raise UserError(f"lora.rank: {lora.rank}: {name} has only {most} singular values: set lora.rank={most}")
-    return variant(base, lora, generator)
+    with gathered(base):  # if it is sharded already
+        return variant(base, lora, generator)
 
 
 def _settings_by_name(names: list[str], lora: LoRAConfig) -> dict[str, LoRAConfig]:

@@ -67,7 +67,8 @@ class _Packed(nn.Module):
 
     @property
     def parts(self) -> list[Tensor]:
-        return [part for part in self._buffers.values() if part is not None]
+        held: dict[str, Any] = self._buffers | self._parameters  # the latter if they are sharded
+        return [held[name] for name in self.NAMES if name in held]
 
     def dequantize(self) -> Tensor:
         """The weight that this layer multiplies by, (out, in)."""

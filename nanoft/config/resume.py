@@ -19,7 +19,7 @@ MAY_CHANGE_ON_RESUME = {
     "when activations and weights are computed, not their values": "training.checkpointing training.checkpoint_every "
     "quantization.dequantize",
     "where downloads are": "model.cache_dir",
-    "where things are computed": "training.sharding system.device system.memory_gb",
+    "where things are computed": "training.sharding system.device system.memory_gb model.base_device",
     "how the next faults are handled": "guard",
     "only their product matters": "training.micro_batch_size training.gradient_accumulation_steps system.ranks",
 }

@@ -51,6 +51,7 @@ class ModelConfig(Section):
     revision: str = ""  # of a Hub name: branch, tag or commit; empty: its main branch
     cache_dir: str = ""  # of downloads from the Hub, of models and data; empty: HF_HUB_CACHE, else HF_HOME/hub
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute dtype; auto: the device's fastest
+    base_device: Literal["auto", "host"] = "auto"  # host: frozen blocks stay in host memory; auto: if a GPU has no room
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
     add_tokens: tuple[str, ...] = ()  # new special tokens, whose rows of embedding and head are trained: [<|a|>, <|b|>]
     chat_template: str | None = None  # a file, chatml, or a name in the model's own list; none: the model's own
@@ -320,13 +321,17 @@ class Config:
     def __post_init__(self) -> None:
         t, d, bits, sharded = self.training, self.data, self.quantization.bits, self.training.sharding == "full"
         stride, length = self.evaluation.stride, self.model.max_seq_length
-        packed = f"quantization.bits: {bits}"
         packed_full = t.method == "full" and bits != 16
-        _refuse(packed_full, f"{packed} needs a frozen base: set it to 16 or training.method=lora")
-        fix = "set it to 16 (each of N processes holds an Nth of it) or training.sharding=none"
-        _refuse(sharded and bits != 16, f"{packed}: packed weights cannot be sharded: {fix}")
+        _refuse(packed_full, f"quantization.bits: {bits} needs a frozen base: set it to 16 or training.method=lora")
         fix = "not supported with training.sharding=full: change one of them"
         _refuse(sharded and t.compile, f"training.compile: {fix}")
+        host, again = self.model.base_device == "host", t.checkpointing
+        fix = "model.base_device: host: not supported with"
+        _refuse(host and t.method == "full", f"{fix} training.method=full: nothing is frozen: remove one of them")
+        _refuse(host and sharded, f"{fix} training.sharding=full: remove one of them")
+        _refuse(host and t.compile, f"{fix} training.compile: set that to false")
+        keeps = host and again in ("none", "every_k")
+        _refuse(keeps, f"training.checkpointing: {again}: model.base_device=host recomputes all blocks: set it to full")
         per_module = sharded and self.logging.gradient_steps
         _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
         idle = t.early_stopping_patience and not t.eval_steps

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nanoft import kernels
 from nanoft.attention import AttentionLayer, CacheContext, Documents, SequenceContext, soft_cap
-from nanoft.kernels import sharding
+from nanoft.kernels import sharding, streaming
 from nanoft.kernels.decode import FastCacheContext, choose_build, prepacked, twin
 from nanoft.model import Decoder
 from nanoft.runtime import distributed
@@ -54,20 +54,21 @@ class Decoding:
         self.read: list[list[int]] = []  # the tokens of each sequence, for these ropes
         sharding.gather_outside(model)
         self.is_fast = kernels.is_applied(model)
-        self.build = choose_build(model) if self.is_fast and not distributed.is_sharded() else None
+        # how to go through blocks whose weights come and go
+        self.in_turn = streaming.in_turn if streaming.is_streamed(model) else None
+        self.in_turn = sharding.unsharded if distributed.is_sharded() else self.in_turn
+        self.build = choose_build(model) if self.is_fast and not self.in_turn else None
         self.head = prepacked(model.head.to(model.dtype), None) if self.build is prepacked else None
         self.context_class = FastCacheContext if self.is_fast else CacheContext
-        self._functions = [] if distributed.is_sharded() else list(map(self._function, model.model.layers))
+        self._functions = [] if self.in_turn else list(map(self._function, model.model.layers))
 
     def _function(self, block: nn.Module) -> Callable[..., Tensor]:
         """A block's twin or its `forward`, as calling a compiled block would compile it again for these shapes."""
         return twin(block, self.build) if self.is_fast else block.forward
 
     def blocks(self) -> Iterable[Callable[..., Tensor]]:
-        """The blocks as functions; those of a sharded model one by one, while the weights of each are gathered."""
-        if distributed.is_sharded():
-            return sharding.unsharded(self.model.model.layers, self._function)
-        return self._functions
+        """The blocks as functions; of weights that come and go one after the other, each while they are there."""
+        return self.in_turn(self.model.model.layers, self._function) if self.in_turn else self._functions
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (b, vocab), with the model's cap if it has one."""

@@ -14,16 +14,24 @@ from nanoft.runtime.distributed import T, is_sharded, world_size
 
 
 def shard_model(model: Decoder, device: torch.device) -> None:
-    """Shard the parameters over the ranks; those of a block are gathered while it is computed."""
+    """Shard the parameters over the ranks; those of a block are gathered while it is computed.
+
+    A frozen head, which nearly all of a step needs, stays whole: gathered, it would be held beside its shard.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world_size(),))
-    for parameter in model.parameters():  # PiSSA's A is transposed
-        parameter.data = parameter.data.contiguous()
     for block in model.model.layers:
+        distributed.gather_shards(block)  # one block at a time
+        for parameter in block.parameters():  # PiSSA's A is transposed
+            parameter.data = parameter.data.contiguous()
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    head = model.head
+    whole = {head} if isinstance(head, nn.Parameter) and not head.requires_grad and model.score is None else None
+    if model.score is not None or not model.config.tied:
+        fully_shard(model.model.embed_tokens, mesh=mesh)  # by itself: it is needed for a moment only
+    fully_shard(model, mesh=mesh, ignored_params=whole)
     distributed.mark_sharded()
 
 

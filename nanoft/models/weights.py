@@ -39,6 +39,7 @@ from nanoft.models.model_files import (
     read_block,
 )
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
+from nanoft.runtime import distributed
 from nanoft.runtime.memory import available_bytes
 
 FLOATS = {"F64", *DTYPES}  # dtypes of plain weights, in safetensors' names
@@ -141,6 +142,7 @@ def load_model(
     random_seed: int | None = None,  # initialize the weights randomly instead of reading them
     unpacked_dtype: torch.dtype | None = None,  # of dequantized weights; None: `dtype`
     files: list[Path] | None = None,  # to read instead of the directory's
+    store: Callable[[nn.Module], None] | None = None,  # where to keep what was loaded of a module of a block
 ) -> Decoder:
     """Build the decoder of a Hugging Face directory and load its weights; raises what `open_weights` does."""
     base = base if isinstance(base, ModelFiles) else ModelFiles.read(base)
@@ -167,9 +169,10 @@ def load_model(
         if packed is not None and is_linear:
             _replace(model, name.removesuffix(".weight"), packed)
         else:
-            place, _, leaf = name.rpartition(".")
             value = tensor if packed is None else packed.dequantize().to(dtype)  # packed: a head
-            setattr(model.get_submodule(place), leaf, nn.Parameter(value))
+            distributed.set_parameter(model, name, nn.Parameter(value))
+        if store and name.startswith("model.layers."):
+            store(model.get_submodule(name.rpartition(".")[0]))
     return model
 
 
@@ -330,7 +333,10 @@ def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = Non
     while chosen == "cached" and layers:
         name, layer = layers.pop()  # the packed weight is gone before the next one is unpacked
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.dequantize().to(dtype or layer.dtype), requires_grad=False)
+        with distributed.gathered(layer) as parts:
+            linear.weight = nn.Parameter(layer.dequantize().to(dtype or layer.dtype), requires_grad=False)
+        if parts:
+            distributed.keep_shard(linear)
         _replace(model, name, linear)
     return chosen
 

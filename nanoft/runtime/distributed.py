@@ -149,6 +149,43 @@ def is_sharded() -> bool:
     return _sharded
 
 
+def keep_shard(module: nn.Module) -> None:
+    """Keep this rank's part of each tensor that was loaded of a module; a scalar stays whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor  # takes half a second, so only here
+
+    for name, whole in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if whole.dim() and not whole.is_meta and not hasattr(whole, "full_tensor"):
+            mesh = init_device_mesh(whole.device.type, (world_size(),))
+            part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
+            delattr(module, name)  # FSDP shards parameters only, so a buffer becomes one
+            module.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+
+
+@torch.no_grad()
+def gather_shards(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Make the parameters whole of which `keep_shard` has kept a part; returns the parts, by name."""
+    parts = {name: p for name, p in module.named_parameters() if hasattr(p, "full_tensor")}
+    for name, part in parts.items():
+        whole = part.full_tensor()
+        set_parameter(module, name, nn.Parameter(whole, requires_grad=part.requires_grad))
+    return parts
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """The module with whole parameters, for the duration of a `with` block; see `gather_shards`."""
+    parts = gather_shards(module)
+    yield parts
+    for name, part in parts.items():
+        set_parameter(module, name, part)
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    place, _, leaf = name.rpartition(".")
+    module.get_submodule(place).register_parameter(leaf, parameter)
+
+
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
     """Copy rank 0's values to every rank; sharded tensors stay as they are."""
     if world_size() == 1 or _sharded:

@@ -44,7 +44,7 @@ from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import Machine, matmul_gflop_s, set_threads
-from nanoft.runtime.memory import OutOfMemory, held_bytes, is_out_of_memory
+from nanoft.runtime.memory import OutOfMemory, available_host_bytes, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 
 MiB = 2**20
@@ -165,7 +165,11 @@ def estimate_memory(
     chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
     split = config.training.sharding == "full"
     part = 1 / config.system.ranks if split else 1.0  # of weights, gradients and moments, on each rank
-    gathered = stored * (2 * counts.linears / decoder.num_layers + counts.others)  # this block, the next, and the rest
+    linears = counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16)
+    table, scored = 0 if full else decoder.vocab_size * decoder.hidden_size, trains_score(config)
+    head = 0 if scored or counts.trains_head else table  # whole on each rank, if it is frozen
+    lookup = 0 if decoder.tied and not scored else table  # gathered for a moment only
+    gathered = 2 * linears / decoder.num_layers + stored * (counts.others - head - lookup)  # this block, the next, rest
     unpacked = decoder.hidden_size * decoder.intermediate_size * e * (bits < 16)  # the largest weight, for its product
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
@@ -178,8 +182,8 @@ def estimate_memory(
     slopes = chunk * decoder.vocab_size * 2.0 * e * (decoder.logit_cap is not None)  # of capped logits
     parts = {
         "process": baseline + kernels + BITSANDBYTES * (cpu and bits == 4),
-        "linears": part * counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16),
-        "head, embedding": part * counts.others * stored,
+        "linears": 2 * linears / decoder.num_layers if config.model.base_device == "host" else part * linears,
+        "head, embedding": (part * counts.others + (1 - part) * head) * stored,
         "gathered": gathered * split * (2 if full else 1),  # with their gradients
         "adapters": part * 4.0 * counts.adapters,
         "reference": part * 4.0 * counts.trained * copied,  # its forward pass keeps nothing, and is over by then
@@ -294,6 +298,8 @@ class Planner:
         # logits, at a temperature, their softmax and its sums; with top_p also sorted
         logits = c.vocab_size * (e + 16.0 + 16.0 * (self.config.rl.top_p < 1))
         needed = answers / self.config.system.ranks * (slots + logits)
+        if self.config.model.base_device == "host":
+            return needed
         is_packed = settled.quantization.bits < 16 and settled.quantization.dequantize != "cached"
         copied = self.counts.linears + (0 if is_packed else c.vocab_size * c.hidden_size)
         copies = copied * e * (is_packed or self.machine.device.type == "cpu")
@@ -332,7 +338,7 @@ class Planner:
     def choose_activations(self, rows: int, length: int) -> Plan:
         """The plan under training.checkpointing; with auto, as few blocks as possible are recomputed."""
         policy = self.config.training.checkpointing
-        if policy != "auto":
+        if policy != "auto" or self.config.model.base_device == "host":
             return self.plan(rows, length, self.keep_by(policy))
         room, layers = self.machine.room_bytes, self.decoder.num_layers
         return self.plan(rows, length, choose_recompute(lambda keep: self.plan(rows, length, keep).peak, layers, room))
@@ -344,8 +350,35 @@ def decide_dequantize(config: Config, counts: Counts, machine: Machine) -> Confi
     packed = counts.linears * config.quantization.bits / 8 + counts.scales
     left = machine.memory_bytes - packed - counts.others * e
     extra = counts.linears * e - packed
-    chosen = choose_dequantize(config.quantization.dequantize, machine.device.type, int(extra), int(left))
+    kind = "cpu" if config.model.base_device == "host" else machine.device.type  # where the weights are
+    chosen = choose_dequantize(config.quantization.dequantize, kind, int(extra), int(left))
     return config.override({"quantization.dequantize": chosen})
+
+
+def resolve_base_device(planner: Planner) -> Config:
+    """model.base_device=auto replaced by host where a GPU has no room for the base, but the host has."""
+    config, machine = planner.config, planner.machine
+    if config.model.base_device == "host" and machine.device.type == "mps":
+        raise UserError("model.base_device: host: an Apple GPU shares its memory with the host: remove it")
+    with contextlib.suppress(UserError):  # what host excludes
+        on_host = config.override({"model.base_device": "host"})
+        sizes = planner.unit_size, config.model.max_seq_length, planner.keep_by("full")
+        here, there = planner.plan(*sizes).peak, replace(planner, config=on_host).plan(*sizes).peak
+        has_room = host_bytes(planner) <= available_host_bytes() and there <= machine.room_bytes
+        return on_host if machine.device.type == "cuda" and here > machine.room_bytes and has_room else config
+    return config
+
+
+def block_bytes(planner: Planner) -> float:
+    """Of the frozen linears of a block, as they are stored."""
+    counts, q = planner.counts, planner.config.quantization
+    each = planner.machine.dtype.itemsize if q.bits == 16 or q.dequantize == "cached" else q.bits / 8
+    return (counts.linears * each + counts.scales) / planner.decoder.num_layers
+
+
+def host_bytes(planner: Planner) -> float:
+    """Of the frozen blocks with model.base_device=host: pinned memory rounds each to a power of two."""
+    return planner.decoder.num_layers * 2.0 ** math.ceil(math.log2(block_bytes(planner)))
 
 
 def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) -> Config:
@@ -365,6 +398,13 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
     size = planner.unit_size
     rows = choose_rows(lambda n: planner.plan(n * size, length, keep).peak, rows_a_rank, planner.machine.room_bytes)
     return config.override(dict(zip(ROWS[: 1 if config.rl.reward else 2], (rows, rows_a_rank // rows), strict=False)))
+
+
+def describe_streaming(planner: Planner) -> str:
+    """What model.base_device=host takes, and copies to the device in a step of training."""
+    copies = 2 * max(0, planner.decoder.num_layers - 2) * planner.config.training.gradient_accumulation_steps
+    copied = f"{copies * block_bytes(planner) / 1e9:,.1f} GB copied from there per step"
+    return f"{host_bytes(planner) / 1e9:9.3f} GB of frozen blocks in host memory; {copied}"
 
 
 def describe_recompute(plan: Plan) -> str:
@@ -425,6 +465,7 @@ def show_plan(config: Config) -> int:
     decoder = files.decoder
     set_threads(config.system.threads)
     planner = Planner.of(config, machine, decoder)
+    planner = replace(planner, config=resolve_base_device(planner))
     config = resolve_micro_batch_size(planner, None)
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
     unit = planner.unit_size  # sequences
@@ -439,6 +480,8 @@ def show_plan(config: Config) -> int:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
         say(name, f"{size / 1e9:9.3f} GB")
+    if config.model.base_device == "host":
+        say("host", describe_streaming(planner))
     say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
     assumed = f"per step: {rows:,} sequences of model.max_seq_length={length:,} tokens; real samples are shorter"
     say("tokens", f"{rows * length:9,} {assumed}")

@@ -42,6 +42,7 @@ from nanoft.io.hub import use_cache
 from nanoft.io.tables import format_duration, wrap
 from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
+from nanoft.kernels.streaming import keep_on_host, stream_blocks
 from nanoft.lora import disabled
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, load_adapter_tensors, vocabulary_of
@@ -56,7 +57,13 @@ from nanoft.runtime.device import Machine, describe_device, library_versions
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run, is_shown
 from nanoft.tracking.trackers import build_trackers, chosen_trackers
-from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
+from nanoft.training.memory_plan import (
+    Planner,
+    describe_streaming,
+    plan_warnings,
+    resolve_base_device,
+    resolve_micro_batch_size,
+)
 from nanoft.training.progress import in_smaller_batches, log_memory, steps_between
 from nanoft.training.state import TrainContext, TrainState
 from nanoft.training.validation import check_schedule, validate_config
@@ -88,10 +95,15 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
     if config.lora.dropout and objective.learns != "turns":
         run.print(f"warning: lora.dropout: disabled with training.objective={name}, in both forward passes")
         planner = replace(planner, config=config.override({"lora.dropout": 0.0}))
-    decided = distributed.broadcast_from_rank0(
-        lambda: resolve_micro_batch_size(planner, run.recorded_config()).to_dict()
-    )
-    return replace(planner, config=Config.from_dict(decided))
+
+    def decide() -> dict[str, Any]:
+        placed = replace(planner, config=resolve_base_device(planner))
+        return resolve_micro_batch_size(placed, run.recorded_config()).to_dict()
+
+    planner = replace(planner, config=Config.from_dict(distributed.broadcast_from_rank0(decide)))
+    if planner.config.model.base_device == "host":
+        run.print(f"base      {describe_streaming(planner).strip()}")
+    return planner
 
 
 def init_run_dir(
@@ -287,11 +299,13 @@ def vocabulary(files: ModelFiles, tokenizer: ChatTokenizer, start: TrainedAdapte
 
 def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int = 0, on_cpu: bool = False) -> Decoder:
     """The base model: as stored, quantized while it streams from disk, or random; with at least `tokens` tokens."""
-    device = torch.device("cpu") if on_cpu or config.training.sharding == "full" else machine.device
+    device = torch.device("cpu") if on_cpu else machine.device
+    store = keep_on_host if config.model.base_device == "host" else None
+    store = distributed.keep_shard if config.training.sharding == "full" and not on_cpu else store
     # full training in float32: AdamW's small updates would be lost when added to bfloat16 weights
     dtype = torch.float32 if config.training.method == "full" else machine.dtype
     seed = config.system.seed if config.model.random_init else None
-    model = load_model(files, device, dtype, quantization_of(config), seed)
+    model = load_model(files, device, dtype, quantization_of(config), seed, store=store)
     grow_vocabulary(model, tokens)
     if trains_score(config):
         add_score(model, config.system.seed)
@@ -299,6 +313,14 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
         raise UserError(f"model.name: {config.model.name}: is a reward model: set training.objective=reward")
     cache_weights(model, config.quantization.dequantize)
     return model
+
+
+def place_model(model: Decoder, config: Config, device: torch.device) -> None:
+    """Shard the model, or leave its frozen blocks in host memory, if the settings say so."""
+    if config.training.sharding == "full":
+        sharding.shard_model(model, device)
+    elif config.model.base_device == "host":
+        stream_blocks(model, device)
 
 
 def begin_objective(ctx: TrainContext) -> None:
@@ -328,8 +350,7 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
         model = load_base(ctx.config, ctx.machine, ctx.files)
         if ctx.config.system.kernels == "auto":
             kernels.apply(model)
-        if ctx.config.training.sharding == "full":
-            sharding.shard_model(model, ctx.device)
+        place_model(model, ctx.config, ctx.device)
         yield model
 
 
@@ -359,7 +380,8 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     """Print the set-up of the run: its device, what is trained, how long it will take."""
     c, t, say = ctx.config, ctx.config.training, ctx.run.print
     packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, (Linear4bit, Linear8bit)))
-    total = sum(p.numel() for p in ctx.model.parameters()) + packed
+    codes = {*Linear4bit.NAMES, *Linear8bit.NAMES}  # parameters of a sharded model
+    total = packed + sum(p.numel() for n, p in ctx.model.named_parameters() if n.rpartition(".")[2] not in codes)
     trainable = sum(p.numel() for _, p in ctx.trained)
     kind = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}" if ctx.adapters else "every parameter"
     form, double = quantization_of(c) or ("", False)
