@@ -99,8 +99,8 @@ def test_files_are_found(tree: Path, spec: str) -> None:
 
 
 NOT_FOUND = {
-    "": "is empty",
-    "  ": "is empty",
+    "": "empty: give",
+    "  ": "empty: give",
     "nothing.json": "nothing.json: no such file",
     "a.json,,b.jsonl": "no such file",
     "a.json,nothing": "nothing: no such file",
