@@ -1,4 +1,4 @@
-"""Adapters for tests: every variant of LoRA, moved as training moves it, here, in PEFT and as files."""
+"""Adapters for tests: every variant of LoRA with nonzero weights, as modules of nanoft and of PEFT and as files."""
 
 from __future__ import annotations
 

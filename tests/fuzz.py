@@ -1,4 +1,4 @@
-"""What could be read is read, what could not is refused in one line: searched with random inputs.
+"""Random inputs to every reader: what is valid is read, and everything else is refused in one line.
 
 In the ordinary tests each target gets a few hundred inputs (test_hostile.py). For longer, with other inputs every time:
 

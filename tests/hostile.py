@@ -1,4 +1,4 @@
-"""Inputs that mean harm, each made from a good one: models, tokenizers, adapters, runs, configs; see test_hostile.py.
+"""Hostile inputs, each made from a valid one: models, tokenizers, adapters, runs, configs; see test_hostile.py.
 
 A case is a kind (what it is a case of), a change to a copy of a good one, and what the refusal must say. `run_cases` is
 what a process of its own does with them all, under limits of memory and processor time.

@@ -1,4 +1,4 @@
-"""A Mac's GPU as far as a test needs one: tensors that say `mps`, lie on the CPU, and are refused what Metal refuses.
+"""A simulated Mac GPU: tensors that report `mps`, live on the CPU, and are refused what Metal refuses.
 
 PyTorch's dispatcher hands every operation on such a tensor to `_run`, which does it on the CPU tensor inside. What
 fails on a Mac and not on a CPU fails here, too: float64, operands on two devices, `numpy()` without `cpu()`, pinned

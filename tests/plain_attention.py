@@ -1,4 +1,4 @@
-"""Attention by its formula over all pairs, for tests to compare with, and inputs for it."""
+"""Reference attention: the formula over all pairs of positions, and inputs for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What objectives learn from, made by tests: random samples, and a file of pairs."""
+"""Data for tests of preference objectives: random samples, and a file of pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers that tests give to GRPO in the place of sampled ones."""
+"""Given answers that replace the sampled ones in tests of GRPO."""
 
 from __future__ import annotations
 

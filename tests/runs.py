@@ -1,4 +1,4 @@
-"""Runs of train.py for tests: small ones, what they left behind, and faults put into their loop."""
+"""Small runs of train.py for tests, access to the files they write, and faults injected into the loop."""
 
 from __future__ import annotations
 

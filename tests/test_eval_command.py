@@ -1,4 +1,4 @@
-"""eval.py as a user runs it: figures that agree with the run's report and with transformers, and one line a mistake."""
+"""eval.py as a user runs it: the figures of the run's report and of transformers, and one line for each mistake."""
 
 from __future__ import annotations
 

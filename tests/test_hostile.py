@@ -1,4 +1,4 @@
-"""Models, tokenizers, adapters, runs and configs that mean harm: each is refused in one line, within bounds.
+"""Hostile models, tokenizers, adapters, runs and configs: each is refused in one line, within bounds.
 
 The cases are in hostile.py. They run in one process, whose memory and processor time the system limits.
 """

@@ -1,4 +1,4 @@
-"""Who may import whom: packages in layers, no framework at run time, nothing that is not declared."""
+"""Allowed imports: packages in layers, no framework at run time, only declared dependencies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""merge.py as a user runs it: proven models in every form, and nothing on disk when something is wrong."""
+"""merge.py as a user runs it: verified models in every format, and nothing on disk if something is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `train.py configs/tiny.py` shows in terminals of 80 and 120 columns, kept as a text in which numbers are 9."""
+"""The output of `train.py configs/tiny.py` at 80 and 120 columns, stored as text in which every digit is a 9."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every module of the library has its tests, where a reader looks for them, and some of them are quick."""
+"""Every module of the library has tests in the file that mirrors it, and some of them are quick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved modules, rows of tokens, adapters of embedding and head: one step against PEFT's, files both ways, merged."""
+"""Saved modules, rows of tokens, adapters of embedding and head: one step against PEFT's, files both ways, merging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face's names: each means what it means there, or is refused."""
+"""Hugging Face's names: each has its original meaning or is refused."""
 
 from __future__ import annotations
 

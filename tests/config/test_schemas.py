@@ -1,4 +1,4 @@
-"""Files of two other schemas run as they are: each field takes effect, is refused, or is reported with the reason."""
+"""Files of two other schemas run unchanged: each field takes effect, is refused, or is reported with the reason."""
 
 from __future__ import annotations
 

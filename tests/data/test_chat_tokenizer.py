@@ -1,4 +1,4 @@
-"""Rendering, masks and ids against transformers and against what stands in the conversation."""
+"""Rendering, masks and ids against transformers and against the texts of the conversation."""
 
 from __future__ import annotations
 

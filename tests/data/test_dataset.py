@@ -1,4 +1,4 @@
-"""Files to samples: what is kept, what is left out and why, who is on which side, and a cache that is never wrong."""
+"""Files to samples: what is kept, what is skipped and why, the split, and a cache that is never stale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is built once: found again, never believed when it is damaged, never half there."""
+"""The cache of tokenized data: found again, rebuilt if it is damaged, never incomplete."""
 
 from __future__ import annotations
 

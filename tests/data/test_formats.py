@@ -1,4 +1,4 @@
-"""Raw records to conversations: every shape, how it is told, and what a conversation must be."""
+"""Raw records to conversations: every shape, its detection, and the rules that a conversation must satisfy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records to prompts: every form that rewards are learned from, what rewards get of it, both sides, and the cache."""
+"""Records to prompts: every shape, what rewards get of a record, the split, and the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files are read, and what comes of files and records that are not what they should be."""
+"""Which files are read, and what happens to files and records that are not what they should be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fault tests share: the server that forks, and a small run that nothing disturbs, to compare with."""
+"""What the fault tests share: the forking server, and a small undisturbed run to compare with."""
 
 from __future__ import annotations
 

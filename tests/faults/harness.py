@@ -1,4 +1,4 @@
-"""Break runs of train.py: a server that has imported everything forks one process a run, and breaks it as told.
+"""Faults in runs of train.py: a server that has imported everything forks a process for each run and injects the fault.
 
 A fresh interpreter spends seconds on importing torch; a fork of one that has done so starts in milliseconds, so that a
 fault at every single operation of a save is a test of seconds. The server computes nothing itself. It reads a request a

@@ -1,4 +1,4 @@
-"""SIGKILL at any operation and at any instant: the same command goes on and comes to the same, bit for bit."""
+"""SIGKILL at any operation and at any time: the same command resumes, with the same result bit for bit."""
 
 from __future__ import annotations
 

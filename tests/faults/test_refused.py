@@ -1,4 +1,4 @@
-"""A disk that refuses: old checkpoints stay whole, training goes on, and the next save tries again."""
+"""Failing disks: old checkpoints stay intact, training continues, and the next save tries again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything around a run that may be odd: the clock, the terminal, the user's home, other processes, other files."""
+"""Odd environments: the clock, the terminal, the home directory, other processes, other files."""
 
 from __future__ import annotations
 

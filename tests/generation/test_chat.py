@@ -1,4 +1,4 @@
-"""The chat in a terminal and through a pipe: what is shown, what is remembered, what the commands do."""
+"""The chat in a terminal and through a pipe: output, history, commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and directories that are written: whole or not at all; hashes, and that a changed file is always read again."""
+"""Atomic writes of files and directories; hashes, and that a changed file is always hashed again."""
 
 from __future__ import annotations
 

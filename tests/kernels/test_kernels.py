@@ -1,4 +1,4 @@
-"""The kernels equal the core: one optimizer step both ways; an edited core is noticed, an unknown family is served."""
+"""The kernels against the core: one optimizer step on both paths; an edited core is noticed; unknown families work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Metal path, on a Mac's GPU where there is one (`pytest -m mps`), on a stand-in for it elsewhere: see metal.py."""
+"""The Metal path, on a Mac's GPU (`pytest -m mps`), elsewhere on a simulated one: see metal.py."""
 
 from __future__ import annotations
 

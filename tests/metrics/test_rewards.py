@@ -1,4 +1,4 @@
-"""Rewards: metrics and functions of the user's own, hostile ones too, as numbers or as NaN with one line."""
+"""Rewards: metrics and user functions, hostile ones too, give a number, or NaN and one line."""
 
 from __future__ import annotations
 

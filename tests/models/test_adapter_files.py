@@ -1,4 +1,4 @@
-"""Adapter files: ours load in PEFT, PEFT's load here, with the same logits; PiSSA's conversion; what is refused."""
+"""Adapter files: nanoft's load in PEFT and PEFT's here, with the same logits; PiSSA's conversion; what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out: against transformers, under a memory limit, and everything that may not fit."""
+"""Reading and writing Hugging Face directories: against transformers, under a memory limit, and with errors in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an objective need not say: the members that the loop asks for and most leave as they are."""
+"""Defaults of an objective: the members that the loop uses and most objectives do not override."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs with every objective on preferences: exact however a window is split, and after every interruption."""
+"""Whole runs with every objective on preferences: exact for every split of a window, and after every interruption."""
 
 from __future__ import annotations
 

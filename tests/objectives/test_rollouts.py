@@ -1,4 +1,4 @@
-"""Sampled answers: exact, the same however they are batched, from the weights that are trained; and tasks learned."""
+"""Sampled answers: exact, the same in any batch, from the weights that are trained; and tasks that are learned."""
 
 from __future__ import annotations
 

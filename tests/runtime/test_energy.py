@@ -1,4 +1,4 @@
-"""Energy: counters of the system, as files that the tests write."""
+"""Energy readings, from system counters that the tests write as files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run directory: who owns it, what is kept in it, and the figures and tables it holds."""
+"""The run directory: locking, contents, figures and tables."""
 
 from __future__ import annotations
 

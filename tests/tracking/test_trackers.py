@@ -1,4 +1,4 @@
-"""Who is told what a run logs: read back from what TensorBoard, W&B and the process that draws have written."""
+"""Trackers: events read back from the files of TensorBoard, W&B and the plotting process."""
 
 from __future__ import annotations
 

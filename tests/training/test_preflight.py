@@ -1,4 +1,4 @@
-"""Each check on right and wrong data, templates and heads; and what a run shows, tries and refuses before step 1."""
+"""Each check on right and wrong data, templates and heads; and what a run prints, tries and refuses first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What train.py does when a step, an evaluation or a save goes wrong: nothing is lost, and the result is the same."""
+"""Recovery of train.py from a failed step, evaluation or save: nothing is lost, and the result is the same."""
 
 from __future__ import annotations
 
