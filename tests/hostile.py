@@ -576,7 +576,7 @@ CONFIGS = {
 
 
 def stolen(directory: Path) -> None:
-    """A companion of the adapter that is a link to somebody's key, which merging would publish."""
+    """A file beside the adapter that is a link to a private key, which merging would publish."""
     key = directory.with_name(f"{directory.name}-key")
     key.write_text(SECRET)
     (directory / "tokenizer.model").symlink_to(key)
@@ -629,7 +629,7 @@ CASES: dict[str, Case] = {
 
 
 def read(kind: str, path: Path, good: Path) -> str:
-    """Read a case as nanoft does; returns what it was refused with, as the terminal shows it."""
+    """Read a case as nanoft does; returns the error as the terminal shows it."""
     from nanoft import UserError
 
     cpu, talk = torch.device("cpu"), [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b"}]

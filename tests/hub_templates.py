@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hub:
-    """A model's template and what it is written for."""
+    """A model's template, and the tokens that it is written for."""
 
     template: str
     bos: str | None

@@ -15,7 +15,7 @@ MODULES = [path.relative_to(LIBRARY) for path in sorted(LIBRARY.rglob("*.py")) i
 
 
 def taken_from(name: str, paths: Iterable[Path]) -> bool:
-    """Whether one of the files imports the module, or runs it by its name."""
+    """Whether one of the files imports the module or runs it by name."""
     package, _, last = name.rpartition(".")
     taken = re.compile(rf"\b{re.escape(name)}\b|from {re.escape(package)} import \(?[^)\n]*\b{last}\b")
     return any(taken.search(path.read_text(encoding="utf-8")) for path in paths)

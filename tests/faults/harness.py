@@ -39,7 +39,7 @@ SAVES = r"/checkpoints(/|$)|best\.json"  # the paths of a save
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong in a run, and when."""
+    """A fault in a run, and when it occurs."""
 
     what: str = ""  # kill | torn (half a write, then kill) | an error's number | slow: of an operation
     at: int = 0  # at this operation of those that match

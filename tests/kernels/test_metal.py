@@ -50,7 +50,7 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
 
 @pytest.fixture
 def mps(request: pytest.FixtureRequest) -> torch.device:
-    """A Mac's GPU, or what stands for one."""
+    """A Mac's GPU, or the simulated one."""
     if not REAL:
         request.getfixturevalue("metal")
     return torch.device("mps")

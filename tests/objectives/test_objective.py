@@ -13,7 +13,7 @@ from nanoft.objectives.objective import Objective
 
 
 class Least(Objective):
-    """Only what each has to say."""
+    """An objective with the required members only."""
 
     unit, learns = "samples", "turns"
 

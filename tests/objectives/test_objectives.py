@@ -80,7 +80,7 @@ def caller() -> str:
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the CPU wait for a GPU: numbers read, and shapes that depend on values."""
+    """Counts operations that make the CPU wait for a GPU: values read, and shapes that depend on values."""
 
     READ = ("tolist", "numpy", "cpu")
 

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def worth(answered: Answered) -> float:
-    """Almost never the same for two answers."""
+    """A reward that is almost never the same for two answers."""
     return float(np.mean([int(word) for word in answered.answer.split() or ["0"]]))
 
 
