@@ -271,7 +271,7 @@ class SystemConfig(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     seed: int = bounded(0, 0, 2**32 - 1)  # data order, adapter initialization, dropout
     deterministic: bool = False  # deterministic CUDA kernels (slower); a CPU is always deterministic
-    threads: int = bounded(0, 0, 1024)  # of the CPU; 0: PyTorch's default
+    threads: int | Literal["auto"] = bounded("auto", 0, 1024)  # of the CPU; auto (or 0): the cores that may be used
     memory_gb: float | None = bounded(None, 0.1)  # of the device, for --plan on another machine
     ranks: int = bounded(1, 1)  # world size: the number of processes that torchrun starts
     profile: bool = False  # write a profile of a few steps into profile/

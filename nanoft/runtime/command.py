@@ -24,6 +24,7 @@ from nanoft import TrainingFailed, UserError, __version__
 from nanoft.config.aliases import suggest_override
 from nanoft.io.tables import wrap
 from nanoft.io.untrusted import one_line
+from nanoft.runtime import cores
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 Outcome = Literal["ok", "warn", "FAIL"]
@@ -57,7 +58,7 @@ class Arguments(argparse.ArgumentParser):
         return args
 
     def check(self, argv: list[str]) -> None:
-        """End the process if the arguments are --help, --version or a mistake; otherwise return."""
+        """End the process if the arguments are --help, --version or a mistake; otherwise prepare for torch."""
 
         def main(argv: list[str]) -> int:
             self.parse(argv)
@@ -69,6 +70,7 @@ class Arguments(argparse.ArgumentParser):
                 silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
             if code := command(main)(argv):
                 sys.exit(code)
+        cores.prepare()
 
 
 def renamed(old: str, new: str) -> NoReturn:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from nanoft.runtime import cores
 from nanoft.runtime.command import Arguments, command
 
 CHAT = """examples:
@@ -65,4 +66,6 @@ add("run", metavar="RUN", help="run directory")
 @command
 def main(argv: list[str]) -> int:
     args = PARSER.parse(argv)
+    if args.command in ("chat", "doctor"):  # the others compute nothing
+        cores.prepare()
     return importlib.import_module(args.module).run(args)

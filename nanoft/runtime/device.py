@@ -70,17 +70,22 @@ def supports_matmul(dtype: torch.dtype, device: torch.device) -> bool:
         return False
 
 
-def seed_everything(seed: int, threads: int, deterministic: bool) -> None:
-    """Seed all generators; set the number of CPU threads (0: unchanged) and deterministic kernels; quiet libraries."""
+def seed_everything(seed: int, threads: int | str, deterministic: bool) -> None:
+    """Seed all generators; set CPU threads and deterministic kernels; quiet libraries."""
     quiet_libraries()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def set_threads(threads: int | str) -> None:
+    """Set the number of CPU threads; auto or 0: as torch found it (nanoft/runtime/cores.py)."""
+    if isinstance(threads, int) and threads:
+        torch.set_num_threads(threads)
 
 
 def quiet_libraries() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import os
 import re
 import resource
@@ -21,14 +20,13 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
+from nanoft.runtime.cores import own_cgroups
+
 WATERMARK = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"  # limit as a multiple of Metal's recommendation; 0: no limit
-CGROUPS = Path("/sys/fs/cgroup")  # limits of containers and batch systems
-MEMBERSHIP = Path("/proc/self/cgroup")  # the cgroups of this process
 
 
 def held_bytes(device: torch.device) -> float:
@@ -84,18 +82,12 @@ def available_host_bytes() -> float:
 
 
 def cgroup_limits() -> Iterator[tuple[int, int]]:
-    """Limit and usage in bytes of each cgroup above this process (the kernel's admin-guide/cgroup-v2).
-
-    In a container, only the root may be visible.
-    """
-    with contextlib.suppress(OSError):  # not Linux
-        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
-        own = CGROUPS / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-        for directory in itertools.takewhile(lambda parent: parent.is_relative_to(CGROUPS), [own, *own.parents]):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
-                most, used = (int((directory / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
-                statistic = dict(row.split() for row in (directory / "memory.stat").read_text("utf-8").splitlines())
-                yield most, used - int(statistic.get("inactive_file", 0))  # page cache that can be dropped
+    """Limit and usage in bytes of each cgroup above this process."""
+    for directory in own_cgroups():
+        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
+            most, used = (int((directory / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
+            statistic = dict(row.split() for row in (directory / "memory.stat").read_text("utf-8").splitlines())
+            yield most, used - int(statistic.get("inactive_file", 0))  # page cache that can be dropped
 
 
 class OutOfMemory(Exception):

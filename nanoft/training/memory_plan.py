@@ -43,7 +43,7 @@ from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
-from nanoft.runtime.device import Machine, matmul_gflop_s
+from nanoft.runtime.device import Machine, matmul_gflop_s, set_threads
 from nanoft.runtime.memory import OutOfMemory, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 
@@ -423,8 +423,7 @@ def show_plan(config: Config) -> int:
     check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
     files = ModelFiles.find(config.model.reference)
     decoder = files.decoder
-    if config.system.threads:
-        torch.set_num_threads(config.system.threads)
+    set_threads(config.system.threads)
     planner = Planner.of(config, machine, decoder)
     config = resolve_micro_batch_size(planner, None)
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes

@@ -85,6 +85,8 @@ def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: fl
         ctx.run.log("train", state.step, **state.meter.flush(), **values, **figures, epoch=state.epoch)
         warn_of_ease(ctx, state, figures)
         warn_of_answers(ctx, state, figures)
+    if ctx.device.type == "cpu" and distributed.world_size() == 1:  # other ranks are other processes, too
+        warn_once(ctx, state, "speed", ctx.slowdown.check(state.meter.total_tokens, state.meter.total_seconds))
 
 
 def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
@@ -148,7 +150,7 @@ def warn_of_memorizing(ctx: TrainContext, state: TrainState, now: dict[str, floa
 
 
 def warn_once(ctx: TrainContext, state: TrainState, what: str, text: str) -> None:
-    if what not in state.warned:
+    if text and what not in state.warned:
         state.warned.append(what)
         ctx.run.log("warning", state.step, what=what, text=text)
         ctx.run.print(f"warning: step {state.step}: {text}")

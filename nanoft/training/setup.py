@@ -51,7 +51,7 @@ from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, loa
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.objectives.rollouts import with_room_for_answers
-from nanoft.runtime import distributed
+from nanoft.runtime import cores, distributed
 from nanoft.runtime.device import Machine, describe_device, library_versions
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run, is_shown
@@ -109,13 +109,14 @@ def init_run_dir(
     for note in files.notes:
         run.print(f"warning: {note}")
     recorded = run.recorded_config()
-    before = (recorded or {}).get("provenance", {})
+    before, threads = (recorded or {}).get("provenance", {}), config.system.threads
     fingerprint = before.get("config_sha256") or resume_fingerprint(recorded_settings(recorded) if recorded else config)
     provenance: Provenance = {
         "versions": library_versions(),
         "device": machine.device.type,
         "dtype": machine.dtype_name,
-        "threads": config.system.threads or before.get("threads") or torch.get_num_threads(),
+        "threads": threads if threads not in ("auto", 0) else before.get("threads") or torch.get_num_threads(),
+        "waiting": cores.waiting(),
         "config_sha256": fingerprint,
         **data_provenance(config.data),
         "base_sha256": atomic.hash_named_files([*described_files(files.directory), *weights]),
@@ -132,8 +133,8 @@ def init_run_dir(
         if before.get("source_sha256", provenance["source_sha256"]) != provenance["source_sha256"]:
             run.print("warning: the source of nanoft has changed since the run began: results may differ")
         if before.get("threads", provenance["threads"]) != provenance["threads"]:
-            threads = f"system.threads: {provenance['threads']} instead of {before['threads']}"
-            run.print(f"warning: {threads}: from here on the run is not bit-identical to an uninterrupted one")
+            other = f"system.threads: {provenance['threads']} instead of {before['threads']}"
+            run.print(f"warning: {other}: from here on the run is not bit-identical to an uninterrupted one")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
     if fields:
@@ -366,6 +367,8 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     why = ", with loss scaling" if ctx.scaler.is_enabled() else ""
     why += ": this GPU has no native bfloat16" if why and c.model.dtype == "auto" else ""
     say(f"device    {many}{describe_device(ctx.device)}; computing in {ctx.machine.dtype_name}{why}")
+    if ctx.device.type == "cpu" and cores.prepared:
+        say(f"          {cores.prepared}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if form else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(ctx.adapters):

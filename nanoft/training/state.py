@@ -33,6 +33,7 @@ from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
 from nanoft.objectives.objective import Objective
 from nanoft.runtime import distributed
+from nanoft.runtime.cores import SlowdownMonitor
 from nanoft.runtime.device import Machine, set_rng_state
 from nanoft.tracking.run import Meter, Run
 from nanoft.training.memory_plan import Plan, Planner
@@ -123,6 +124,7 @@ class TrainContext:
     writer: AsyncCheckpointWriter
     planner: Planner
     plan: Plan
+    slowdown: SlowdownMonitor = field(default_factory=SlowdownMonitor)
 
     @property
     def device(self) -> torch.device:
