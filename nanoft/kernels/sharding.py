@@ -1,4 +1,4 @@
-"""Fully sharded training (FSDP2; Zhao et al. 2023): each rank holds a part of every parameter, gradient and moment."""
+"""Fully sharded training (FSDP2; Zhao et al. 2023): each rank holds a shard of every parameter, gradient and moment."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def shard_model(model: Decoder, device: torch.device) -> None:
 
 
 def reshard(model: Any) -> None:
-    """Shard the parameters outside the blocks again, which FSDP keeps gathered after a forward pass."""
+    """Reshard the parameters outside the blocks, which FSDP keeps gathered after a forward pass."""
     if is_sharded() and hasattr(model, "reshard"):
         model.reshard()
 
@@ -56,13 +56,13 @@ def unsharded(blocks: Iterable[Any], use: Callable[[Any], T]) -> Iterator[T]:
 
 
 def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> float:
-    """Scale the gradients to a norm of at most `limit` (0: unchanged); returns their norm before."""
+    """Scale the gradients to a norm of at most `limit` (0: unchanged); return their norm before that."""
     norm = nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
     return full_tensor(norm).item()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The complete tensor: gathered if it is sharded (a DTensor), else the tensor itself."""
+    """The complete tensor: gathered if it is sharded (a DTensor), otherwise the tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -78,7 +78,7 @@ def gather_full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def distribute_like(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's shards of complete tensors, where the tensors of the same name in `like` are sharded."""
+    """This rank's shards of complete tensors, if the tensors of the same name in `like` are sharded."""
     if not is_sharded():
         return tensors
     from torch.distributed.tensor import DTensor, distribute_tensor  # takes half a second, so only here

@@ -1,13 +1,13 @@
-"""Memory and time of a run before anything is loaded: by arithmetic from the model's shape and the settings.
+"""Predict memory and time of a run before anything is loaded, from the model's shape and the settings.
 
-Most of what a step takes can be counted: weights, gradients, the optimizer's moments, one chunk of logits, and the
-activations that backward waits for. With LoRA a block keeps
+Most of a step's memory can be counted: weights, gradients, the optimizer's moments, one chunk of logits, and the
+activations kept for backward. With LoRA a block keeps
 
-    2 hidden + 2 q + 2 k + 2 intermediate + the u of each adapter        numbers a token
+    2 hidden + 2 q + 2 k + 2 intermediate + the u of each adapter        numbers per token
 
 (residual stream twice, queries, keys, values and the attention's output, gate and up), for Mistral-7B in bfloat16
-92 KiB; a block that is recomputed keeps `hidden`, 8 KiB. What cannot be counted, the memory of kernels and what an
-allocator cannot use again, is a constant and a share, measured with `bench/plan.py`.
+92 KiB; a block that is recomputed keeps `hidden`, 8 KiB. What cannot be counted (memory of kernels, fragmentation of
+the allocator) is a constant and a share, measured with `bench/plan.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nanoft.config import Config
 from nanoft.config.functions import RUN
 from nanoft.config.loading import load_file
 from nanoft.config.settings import config_warnings
-from nanoft.io.tables import wrap
+from nanoft.io.tables import for_terminal, wrap
 from nanoft.kernels.attention import CHUNK
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import LoRALinear, inject_lora, linears_of
@@ -48,13 +48,13 @@ from nanoft.runtime.memory import OutOfMemory, available_host_bytes, held_bytes,
 from nanoft.training.validation import validate_config
 
 MiB = 2**20
-# Besides what is counted: bytes of kernels, caches and threads; and how many tensors of (tokens, intermediate) and of
-# (tokens, hidden) a step holds at once: of backward through an MLP silu, the product, three gradients and two sums.
+# What cannot be counted: bytes of kernels, caches and threads; and the number of temporary tensors of
+# (tokens, intermediate) and (tokens, hidden): in backward of an MLP silu, the product, three gradients and two sums.
 KERNELS, TRANSIENT = 64 * MiB, (7, 0)
 # On a CPU, by the bytes of a number: larger, because the allocator cannot reuse everything that was freed.
 KERNELS_CPU, TRANSIENT_CPU = {2: 110 * MiB, 4: 140 * MiB}, {2: (14, 46), 4: (10, 14)}
-BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
-EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
+BITSANDBYTES = 70 * MiB  # of the library itself, needed for a 4-bit base; counted on a CPU
+EFFICIENCY = {"cpu": 0.5}  # share of the speed of bare matrix products, measured (bench/step.md); others: not measured
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
 ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """The sum of the parts, of which the loss and the backward pass through a block are not held at once."""
+        """The sum of the parts, except that the loss and backward through a block never exist at the same time."""
         return sum(self.parts.values()) - min(self.parts["backward"], self.parts["loss"])
 
 
@@ -77,17 +77,17 @@ class Counts:
     """Parameters of the model, without storage: linears of the blocks, the other weights, and what is trained."""
 
     linears: int
-    scales: float  # bytes beside the codes of packed linears
+    scales: float  # bytes of the scales of packed linears
     others: int
     trained: int
-    adapters: int  # numbers of the adapters: what is trained, and what a variant keeps beside it
+    adapters: int  # numbers of the adapters: trained ones, and those that a variant keeps in addition
     ranks: int  # sum over the adapters of a block
-    trains_head: bool = False  # beside a frozen base
-    rank_warnings: tuple[str, ...] = ()  # about adapters of a higher rank than their matrix can have
+    trains_head: bool = False  # although the base is frozen
+    rank_warnings: tuple[str, ...] = ()  # about adapters with a higher rank than their matrix can have
 
 
 def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
-    """Build the model on the `meta` device, adapters and all, and count what it has."""
+    """Build the model and its adapters on the `meta` device, and count their parameters."""
     with torch.device("meta"):
         model = Decoder(decoder)
     if trains_score(config):
@@ -112,14 +112,14 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
 
 
 def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """B A (out, in) has at most the rank min(out, in), however many rows A and columns B have."""
+    """Warn of adapters whose rank is above that of B A (out, in), which is at most min(out, in)."""
     shapes = {name: (len(a.lora_B), *a.lora_A.shape) for name, a in adapters.items() if isinstance(a, LoRALinear)}
     above = [(name, shape) for name, shape in shapes.items() if shape[1] > min(shape)]
     if not above:
         return ()
     name, (out, rank, inputs) = above[0]
     found = f"{rank} is more than {min(out, inputs)}, the full rank of {name} ({out} x {inputs})"
-    return (f"lora.rank: {found}, and so it is for {len(above)} of {len(shapes)} adapters: lower it",)
+    return (f"lora.rank: {found}, as for {len(above)} of {len(shapes)} adapters: lower it",)
 
 
 def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
@@ -129,11 +129,11 @@ def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps
     high = 2e-4 if t.method == "lora" else 2e-5
     steps = total_steps or t.max_steps or 10**9  # unknown: many
     if t.optimizer.startswith("adamw") and t.learning_rate > high and not warmup_steps(steps, t):
-        fix = "the first steps are the largest, on moments that are noise: set training.warmup_steps"
-        warnings.append(f"training.learning_rate={t.learning_rate}: high for a run without warm-up: {fix}")
+        why = "high for a run without warm-up, because Adam's first moments are noisy"
+        warnings.append(f"training.learning_rate={t.learning_rate}: {why}: set training.warmup_steps")
     if longest > files.context_length:
         known = f"{files.context_length:,} positions (max_position_embeddings): lower it"
-        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and the base knows {known}")
+        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, but the base knows {known}")
     return warnings
 
 
@@ -141,12 +141,12 @@ def estimate_memory(
     decoder: DecoderConfig, counts: Counts, config: Config, device_type: str, dtype: torch.dtype,
     rows: int, length: int, keep: Sequence[ActivationPolicy], baseline: float, target_share: float = 1.0,
 ) -> Plan:  # fmt: skip
-    """What one micro-batch of rows x length tokens takes in training.
+    """The memory that one micro-batch of rows x length tokens takes in training.
 
     Args:
-        keep: of each block's activations, as in Decoder.activation_policy.
+        keep: what each block keeps, as in Decoder.activation_policy.
         baseline: bytes of the process before anything is loaded, on a CPU.
-        target_share: of the tokens that are targets.
+        target_share: share of the tokens that are targets.
     """
     full, e = config.training.method == "full", dtype.itemsize
     copied = bool(config.lora.start_from) and OBJECTIVES[config.training.objective].learns != "turns"
@@ -232,10 +232,10 @@ def choose_recompute(
 
 
 def choose_rows(peak_of: Callable[[int], float], step_rows: int, room: float) -> int:
-    """The largest divisor of a step's rows that fits into `room` bytes as a micro-batch; a UserError if none does."""
+    """The largest divisor of a step's rows that fits as a micro-batch into `room` bytes; a UserError if none does."""
     fitting = [rows for rows in range(1, step_rows + 1) if step_rows % rows == 0 and peak_of(rows) <= room]
     if not fitting:
-        sizes = f"one sequence takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free"
+        sizes = f"one sequence takes {peak_of(1) / 1e9:.2f} GB, but only {room / 1e9:.2f} GB are free"
         raise UserError(f"model.max_seq_length: {sizes}: lower it, or set quantization.bits=4")
     return fitting[-1]
 
@@ -307,7 +307,7 @@ class Planner:
 
     @functools.cached_property
     def other_models(self) -> float:
-        """Bytes of a teacher and of reward models; one that shares the policy's base takes none."""
+        """Bytes of a teacher and of reward models; a teacher that shares the policy's base takes none."""
         d, own, total = self.config.distill, (self.config.model.reference, self.config.quantization.bits), 0.0
         runs = [name.removeprefix(RUN) for name in self.config.rl.reward if name.startswith(RUN)]
         for source in [*runs, *filter(None, [d.teacher])]:
@@ -331,12 +331,12 @@ class Planner:
         return rows, length
 
     def keep_by(self, policy: str) -> list[ActivationPolicy]:
-        """What each block keeps under a policy of training.checkpointing, for auto where memory is least."""
+        """What each block keeps under a policy of training.checkpointing; for auto, under the most frugal policy."""
         policy = "full" if policy == "auto" else policy
         return keep_by_policy(policy, self.config.training.checkpoint_every, self.decoder.num_layers)
 
     def choose_activations(self, rows: int, length: int) -> Plan:
-        """The plan under training.checkpointing; with auto, as few blocks are recomputed as make it fit."""
+        """The plan under training.checkpointing; with auto, as few blocks as possible are recomputed."""
         policy = self.config.training.checkpointing
         if policy != "auto" or self.config.model.base_device == "host":
             return self.plan(rows, length, self.keep_by(policy))
@@ -345,7 +345,7 @@ class Planner:
 
 
 def decide_dequantize(config: Config, counts: Counts, machine: Machine) -> Config:
-    """quantization.dequantize=auto replaced by what loading the base will choose."""
+    """Replace quantization.dequantize=auto by the choice that loading the base will make."""
     e = machine.dtype.itemsize
     packed = counts.linears * config.quantization.bits / 8 + counts.scales
     left = machine.memory_bytes - packed - counts.others * e
@@ -382,7 +382,7 @@ def host_bytes(planner: Planner) -> float:
 
 
 def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) -> Config:
-    """Replace training.micro_batch_size=auto by the numbers that config.json recorded, or by what fits now."""
+    """Replace training.micro_batch_size=auto by the numbers recorded in config.json, or by what fits now."""
     config = planner.config
     t, ranks = config.training, config.system.ranks
     if t.micro_batch_size != "auto":
@@ -415,7 +415,7 @@ def describe_recompute(plan: Plan) -> str:
 
 @contextlib.contextmanager
 def explained_out_of_memory(planner: Planner) -> Iterator[None]:
-    """Out of memory where nothing can be halved, and a compiler that fails, become errors that say what helps."""
+    """Turn out-of-memory errors that halving cannot solve, and compiler errors, into one line with a fix."""
     try:
         yield
     except (RuntimeError, MemoryError, OutOfMemory) as error:
@@ -423,14 +423,14 @@ def explained_out_of_memory(planner: Planner) -> Iterator[None]:
             raise out_of_memory_error(planner, planner.config.micro_batch_rows()) from None
         if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # importing it takes seconds
             reason = str(error).strip().partition("\n")[0]
-            fix = "install a compiler that works (CXX names it), or set training.compile=false"
+            fix = "install a working compiler (CXX names it), or set training.compile=false"
             raise UserError(f"training.compile: {reason}: {fix}") from None
         raise
 
 
 def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
-    helps = suggest_savings(planner, rows, planner.config.model.max_seq_length)
-    return TrainingFailed(f"out of memory with micro-batch size {rows}: try {helps}")
+    savings = suggest_savings(planner, rows, planner.config.model.max_seq_length)
+    return TrainingFailed(f"out of memory with micro-batch size {rows}: try {savings}")
 
 
 def suggest_savings(planner: Planner, rows: int, length: int) -> str:
@@ -444,12 +444,12 @@ def suggest_savings(planner: Planner, rows: int, length: int) -> str:
         changes |= {"quantization.bits": 4, "lora.rank": config.lora.rank // 2, "lora.target_modules": "attention"}
     before, saved = planner.choose_activations(rows, length), {}
     for name, value in changes.items():
-        with contextlib.suppress(UserError):  # out of range: a row cannot be halved; or not on this device
+        with contextlib.suppress(UserError):  # out of range (half a row), or not on this device
             changed = Planner.of(config.override({name: value}), planner.machine, planner.decoder)
             validate_config(changed.config)
             check_optimizer(changed.config.training.optimizer, planner.machine.device)
             size = min(rows, changed.config.micro_batch_rows()), min(length, changed.config.model.max_seq_length)
-            # what is freed is not spent on keeping more activations
+            # the freed memory is not spent on keeping more activations
             keep = planner.keep_by("full") if name == "training.checkpointing" else before.keep
             saved[f"{name}={value}"] = before.peak - changed.plan(*size, keep).peak
     best = sorted((name for name in saved if saved[name] > 0), key=lambda name: -saved[name])[:3]
@@ -493,20 +493,20 @@ def show_plan(config: Config) -> int:
         say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products here")
         if share := EFFICIENCY.get(kind):
             tokens_s, tokens = share * reached / work, rows // config.system.ranks * length
-            reach = f"{share:.0%} of it is reached; {tokens / tokens_s:,.1f} s per step"
+            reach = f"{share:.0%} of that is reached: {tokens / tokens_s:,.1f} s per step"
             say("speed", f"{tokens_s:9,.0f} tokens/s if {reach}")
         else:
-            say("speed", f"at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")
+            say("speed", f"at most {reached / work:,.0f} tokens/s; the share reached on {kind} was not measured")
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * unit, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
     say("micro-batch", f"{most} sequences of {length} tokens fit, with every block recomputed")
     for warning in plan_warnings(planner, files, length, None):
-        print(f"warning: {warning}")
+        print(for_terminal(f"warning: {warning}"))
     if plan.peak > room:
         fewer = "training.micro_batch_size=auto, or lower model.max_seq_length"
         fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
         raise UserError(
             f"training.micro_batch_size: {config.micro_batch_rows()} sequences of {length} tokens take "
-            f"{plan.peak / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available: {fix}"
+            f"{plan.peak / 1e9:.2f} GB, but only {room / 1e9:.2f} GB are available: {fix}"
         )
     return 0

@@ -427,7 +427,7 @@ def test_a_plan_is_told_once_for_the_processes_that_there_are(tmp_path: Path) ->
     assert said[2] == pytest.approx(said[1] / 2, abs=1e-3)
     refused = torchrun(2, ["train.py", "configs/tiny.py", "--selftest", "system.device=cpu"])
     _, err = refused.communicate(timeout=120)
-    assert err.count("error: --selftest: is for one process: start train.py without torchrun\n") == 1
+    assert err.count("error: --selftest: runs in one process: start train.py without torchrun\n") == 1
 
 
 def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def test_plan_warns_of_what_the_base_does_not_have(arguments: list[str], capsys:
     doubtful = ["model.max_seq_length=257", "lora.rank=33", "lora.target_modules=q_proj,k_proj"]
     assert train.main([*arguments, "--plan", *doubtful, "training.learning_rate=4e-4", "training.warmup_steps=0"]) == 0
     said = capsys.readouterr().out
-    assert "model.max_seq_length: samples have up to 257 tokens, and the base knows 256 positions" in said
+    assert "model.max_seq_length: samples have up to 257 tokens, but the base knows 256 positions" in said
     assert "lora.rank: 33 is more than 32, the full rank of model.layers.0.self_attn.q_proj (64 x 32)" in said
     assert "and so it is for 4 of 4 adapters" in said
     assert "training.learning_rate=0.0004: high for a run without warm-up" in said
