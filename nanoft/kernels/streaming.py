@@ -1,7 +1,7 @@
 """Frozen blocks in host memory, copied to the device one by one: a base of 14 GB on a GPU of 8 GB.
 
     host     the frozen weights of every block, in one buffer each; pinned, so that kernels run while it is copied
-    device   those of the block that computes and of the next one; embedding, head, adapters and norms
+    device   those of the block that computes and of the next one; embedding, head and adapters
 
 Before block i computes, block i + 1 is requested, on a stream of its own. Every block is recomputed (recompute.py), so
 backward calls the blocks once more, from the last to the first, and block i - 1 is requested then. The blocks do not
