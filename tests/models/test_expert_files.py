@@ -121,7 +121,7 @@ def test_a_stack_of_another_size_is_refused_in_one_line(name: str, tmp_path: Pat
     [
         ({"num_experts_per_tok": 9}, "num_experts_per_tok: 9 of 6 experts: choose fewer"),
         ({"num_local_experts": 10**9}, "num_local_experts: 1000000000 is not a whole number"),
-        ({"output_router_logits": True}, "output_router_logits: True is not supported: set it to False"),
+        ({"output_router_logits": True}, "output_router_logits: True is not supported: only False is"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step: 0 is not a number of layers"),
         ({"mlp_only_layers": 3}, "mlp_only_layers: 3 is not a list"),
     ],
