@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    layers, seconds = build(args), ([], [])  # type: tuple[Any, Any], tuple[list[float], list[float]]
+    layers, seconds = build(args), (list[float](), list[float]())
     x = torch.randn(1, args.tokens, args.hidden, dtype=getattr(torch, args.dtype))
     for turn in range(-2, args.rounds):  # the first two warm up
         found = []
@@ -64,11 +64,10 @@ def main() -> None:
             times += [time.perf_counter() - started] if turn >= 0 else []
             found.append((y.detach(), own.grad))
     ratios = sorted(theirs / ours for ours, theirs in zip(*seconds, strict=True))
-    tenth = len(ratios) // 10
-    for name, times in zip(("nanoft", "transformers"), seconds, strict=True):
-        print(f"{name:13} {1e3 * statistics.median(times):8.1f} ms")
-    print(f"ratio {statistics.median(ratios):.2f} ({ratios[tenth]:.2f} to {ratios[-1 - tenth]:.2f})")
-    print(f"largest difference {max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)):.1e}")
+    ours_ms, theirs_ms = (1e3 * statistics.median(times) for times in seconds)
+    print(f"nanoft {ours_ms:.1f} ms, transformers {theirs_ms:.1f} ms, ratio {statistics.median(ratios):.2f}, ", end="")
+    tenth, farthest = len(ratios) // 10, max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+    print(f"{ratios[tenth]:.2f} to {ratios[-1 - tenth]:.2f}; largest difference {farthest:.1e}")
 
 
 if __name__ == "__main__":

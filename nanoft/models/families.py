@@ -17,6 +17,16 @@ from typing import Any
 from nanoft import UserError
 from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig
+from nanoft.models.expert_families import (
+    GPT_OSS,
+    GPT_OSS_ONLY,
+    NO_AUXILIARY_LOSS,
+    QWEN3_MOE,
+    ROUTER,
+    SIZES_OF_EXPERTS,
+    gpt_oss,
+    qwen3_moe,
+)
 from nanoft.models.layer_fields import (
     KINDS,
     ROPE_FIELDS,
@@ -24,7 +34,6 @@ from nanoft.models.layer_fields import (
     current_form,
     read_rope,
     read_ropes,
-    read_routing,
     read_windows,
     refuse_wrong_types,
     rope_in_some,
@@ -74,8 +83,7 @@ SCORES = "ForSequenceClassification"  # the end of an architecture's name, inste
 MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13, "n_positions": 1 << 24,
-    "num_experts": 1 << 12, "num_local_experts": 1 << 12, "num_experts_per_tok": 1 << 12,
-    "moe_intermediate_size": 1 << 20,
+    **SIZES_OF_EXPERTS,
 }  # fmt: skip
 OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")  # of a wrapper, for all towers
 
@@ -235,34 +243,6 @@ def _qwen3(hf: Fields) -> dict[str, Any]:
     return {**_attention_bias(hf), "qk_norm": "head", "head_dim": head_dim, "windows": _qwen_windows(hf)}
 
 
-def _qwen3_moe(hf: Fields) -> dict[str, Any]:
-    """Qwen3 with experts in every n-th layer that is not in a list of others."""
-    step, dense, size = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or [], hf.get("head_dim")
-    if type(step) is not int or step < 1:
-        raise UserError(f"decoder_sparse_step: {step!r:.60} is not a number of layers")
-    if not isinstance(dense, list):
-        raise UserError(f"mlp_only_layers: {dense!r:.60} is not a list of layers")
-    sparse = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(hf["num_hidden_layers"]))
-    window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    width, normed = hf.get("moe_intermediate_size", 768), bool(hf.get("norm_topk_prob", False))
-    return {**_qwen3(hf), "head_dim": size or hf["hidden_size"] // hf["num_attention_heads"],
-            "windows": read_windows(hf, window),
-            "routing": read_routing(hf, sparse, 128, 8, width, normed)}  # fmt: skip
-
-
-def _gpt_oss(hf: Fields) -> dict[str, Any]:
-    """Experts with biases, sinks, and a window in every second layer from the first on."""
-    if not (hf.get("rope_parameters") or hf.get("rope_scaling")):  # transformers' default stretches positions
-        raise UserError("rope_parameters: missing: download the file again")
-    layers, bias, eps = hf["num_hidden_layers"], hf.get("attention_bias", True), hf.get("rms_norm_eps", 1e-5)
-    return {
-        **dict.fromkeys(("qkv_bias", "o_bias"), bias), "mlp_bias": True, "mlp": "interleaved", "mlp_limit": 7.0,
-        "sinks": True, "head_dim": hf.get("head_dim") or 64, "windows": window_but_every(2, hf, 128), "norm_eps": eps,
-        "ropes": (read_rope({"rope_theta": 150_000.0, **hf}),) * layers,
-        "routing": read_routing(hf, (True,) * layers, 128, 4, hf["intermediate_size"], True),
-    }  # fmt: skip
-
-
 def _qwen_windows(hf: Fields) -> tuple[int | None, ...]:
     """With use_sliding_window only, and without layer_types from max_window_layers on."""
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
@@ -395,10 +375,6 @@ def _classic(hf: Fields) -> dict[str, Any]:
             "num_kv_heads": heads, "head_dim": hf["hidden_size"] // heads}  # fmt: skip
 
 
-MOE = ("num_experts", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
-QWEN_MOE = ("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", *MOE)
-# It is a mean over all tokens of a step, which micro-batches do not see.
-NO_AUXILIARY_LOSS: dict[str, tuple[Any, ...]] = {"output_router_logits": (False,)}
 WINDOWS = ("sliding_window", "layer_types")
 QWEN = (*WINDOWS, "use_sliding_window", "max_window_layers")
 GEMMA = ("attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", *WINDOWS)
@@ -444,22 +420,8 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), "mistral3", {"sliding_window": ()}),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
-    "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM",
-        _qwen3_moe,
-        ("attention_bias", *QWEN, *QWEN_MOE),
-        None,
-        NO_AUXILIARY_LOSS,
-        names=(("mlp.gate", "mlp.router"),),
-    ),
-    "gpt_oss": Family(
-        "GptOssForCausalLM",
-        _gpt_oss,
-        ("attention_bias", *WINDOWS, *MOE, "experts_per_token", "initial_context_length"),
-        None,
-        {**NO_AUXILIARY_LOSS, "swiglu_limit": (7.0,), "swiglu_alpha": (1.702,)},
-        stacked=True,
-    ),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe, QWEN3_MOE, None, NO_AUXILIARY_LOSS, names=ROUTER),
+    "gpt_oss": Family("GptOssForCausalLM", gpt_oss, GPT_OSS, None, GPT_OSS_ONLY, stacked=True),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanoft import UserError
-from nanoft.blocks.moe import Routing
 from nanoft.blocks.rope import Rope
 
 Fields = Mapping[str, Any]  # of a config.json
@@ -117,17 +116,6 @@ def window_but_every(n: int, hf: Fields, window: int) -> tuple[int | None, ...]:
     if not is_positive(n):
         raise UserError(f"sliding_window_pattern: {n!r:.60} is not a number of layers: give layer_types")
     return tuple(None if (layer + 1) % n == 0 else window for layer in range(hf["num_hidden_layers"]))
-
-
-def read_routing(
-    hf: Fields, layers: tuple[bool, ...], experts: int, chosen: int, width: int, over_chosen: bool
-) -> Routing | None:
-    """The experts of the layers that have some; `experts` in each, of which `chosen`, if the file does not say."""
-    experts = hf.get("num_experts") or hf.get("num_local_experts") or experts
-    chosen = hf.get("num_experts_per_tok") or chosen
-    if chosen > experts:
-        raise UserError(f"num_experts_per_tok: {chosen} of {experts} experts: choose fewer")
-    return Routing(layers, experts, chosen, width, over_chosen) if any(layers) else None
 
 
 def read_ropes(hf: Fields, windows: tuple[int | None, ...], local: Fields) -> tuple[Rope, ...]:

@@ -417,7 +417,7 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(ctx.adapters):
         say(f"          {line}")
-    say(wrap(f"weights   {describe_weights(ctx.model)}", 10))
+    say(f"weights   {describe_weights(ctx.model)}")
     say(f"kernels   {kernels.describe(ctx.model)}")
     shape = ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed
     say(f"attention {kernels.describe_attention(ctx.model, *shape)}")
