@@ -1,4 +1,4 @@
-"""Inputs that mean harm, each made from a good one: models, tokenizers, adapters, runs, configs; see test_hostile.py.
+"""Hostile inputs, each made from a valid one: models, tokenizers, adapters, runs, configs; see test_hostile.py.
 
 A case is a kind (what it is a case of), a change to a copy of a good one, and what the refusal must say. `run_cases` is
 what a process of its own does with them all, under limits of memory and processor time.
@@ -576,7 +576,7 @@ CONFIGS = {
 
 
 def stolen(directory: Path) -> None:
-    """A companion of the adapter that is a link to somebody's key, which merging would publish."""
+    """A file beside the adapter that is a link to a private key, which merging would publish."""
     key = directory.with_name(f"{directory.name}-key")
     key.write_text(SECRET)
     (directory / "tokenizer.model").symlink_to(key)
@@ -629,7 +629,7 @@ CASES: dict[str, Case] = {
 
 
 def read(kind: str, path: Path, good: Path) -> str:
-    """Read a case as nanoft does; returns what it was refused with, as the terminal shows it."""
+    """Read a case as nanoft does; returns the error as the terminal shows it."""
     from nanoft import UserError
 
     cpu, talk = torch.device("cpu"), [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b"}]

@@ -1,4 +1,4 @@
-"""LoRA and its variations against PEFT (loss and every gradient), against their formulas, and in float64."""
+"""LoRA and its variants against PEFT (loss and every gradient), against their formulas, and in float64."""
 
 from __future__ import annotations
 

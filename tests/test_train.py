@@ -1,4 +1,4 @@
-"""The whole of train.py: exact however a window is split, exact after every interruption, one line for a mistake."""
+"""train.py as a whole: exact for every split of a window and after every interruption, and one line for a mistake."""
 
 from __future__ import annotations
 

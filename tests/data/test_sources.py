@@ -1,4 +1,4 @@
-"""Which files are read, and what comes of files and records that are not what they should be."""
+"""Which files are read, and what happens to files and records that are not what they should be."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOOD = b'{"prompt": "Q", "completion": "A"}'
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Nothing may hang."""
+    """A time limit, so that nothing can hang."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds} s")
@@ -322,7 +322,7 @@ def array(*parts: bytes) -> bytes:
 
 
 def answer(value: bytes) -> bytes:
-    """A record whose completion is the value, as it stands."""
+    """A record whose completion is exactly the value."""
     return b'{"prompt": "Q", "completion": ' + value + b"}"
 
 

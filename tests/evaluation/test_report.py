@@ -1,4 +1,4 @@
-"""The report: figures with intervals, a verdict that says no more than they do, and what qualifies it."""
+"""The report: figures with intervals, a verdict that they support, and its caveats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files in llama.cpp, in transformers and read back: the same weights, ids and greedy answers as here."""
+"""GGUF files in llama.cpp, in transformers and read back: the same weights, ids and greedy answers as in nanoft."""
 
 from __future__ import annotations
 

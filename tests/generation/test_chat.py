@@ -1,4 +1,4 @@
-"""The chat in a terminal and through a pipe: what is shown, what is remembered, what the commands do."""
+"""The chat in a terminal and through a pipe: output, history, commands."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def chat(directory: Path) -> ChatTokenizer:
 
 
 def byte_tokens(chat: ChatTokenizer, text: str) -> list[int]:
-    """One token a byte, whatever merges the tokenizer has."""
+    """Encode each byte as one token, without the tokenizer's merges."""
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
     ids = [chat.tokenizer.token_to_id(spelled) for piece, _ in pieces for spelled in piece]
     assert None not in ids
@@ -283,7 +283,7 @@ class Terminal:
         self.shown = ""
 
     def until(self, text: str, timeout_s: float = 120) -> str:
-        """What is shown up to and including a text."""
+        """The output up to and including a text."""
         end = time.monotonic() + timeout_s
         while text not in self.shown:
             ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
@@ -296,7 +296,7 @@ class Terminal:
         os.write(self.master, f"{line}\n".encode())
 
     def interrupt(self) -> None:
-        """Ctrl-C, until something is shown: Python overlooks one that comes just before it waits for keys."""
+        """Send Ctrl-C until there is output: Python misses one that arrives just before it waits for keys."""
         for _ in range(20):
             os.kill(self.process.pid, signal.SIGINT)
             if select.select([self.master], [], [], 3)[0]:

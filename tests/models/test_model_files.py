@@ -113,7 +113,7 @@ def test_settings_that_are_what_the_model_is_are_accepted(packed: Path) -> None:
 
 
 def write_sharded(directory: Path, state: dict[str, torch.Tensor], limit: int) -> None:
-    """One file, or several with an index, in the format's own writer."""
+    """Write one file, or several with an index, with the safetensors library."""
     files: list[dict[str, torch.Tensor]] = [{}]
     for name, tensor in state.items():
         if files[-1] and sum(t.nbytes for t in files[-1].values()) + tensor.nbytes > limit:
@@ -141,7 +141,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
 
 
 def set_config(directory: Path, **changes: Any) -> None:
-    """Change config.json; None takes a field out."""
+    """Change config.json; None removes a field."""
     stored = json.loads((directory / "config.json").read_text()) | changes
     (directory / "config.json").write_text(json.dumps({k: v for k, v in stored.items() if v is not None}))
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out: against transformers, under a memory limit, and everything that may not fit."""
+"""Reading and writing Hugging Face directories: against transformers, under a memory limit, and with errors in them."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_a_directory_that_is_not_whole_is_explained(damage: Any, message: str, t
 
 
 def set_config(directory: Path, **changes: Any) -> dict[str, Any]:
-    """Change config.json; None takes a field out."""
+    """Change config.json; None removes a field."""
     stored = {**json.loads((directory / "config.json").read_text()), **changes}
     stored = {name: value for name, value in stored.items() if value is not None}
     (directory / "config.json").write_text(json.dumps(stored))
@@ -521,7 +521,7 @@ def test_loading_needs_the_model_and_one_tensor(tmp_path: Path) -> None:
 
 
 def write_sharded(directory: Path, state: dict[str, torch.Tensor], limit: int) -> None:
-    """One file, or several with an index, in the format's own writer."""
+    """Write one file, or several with an index, with the safetensors library."""
     files: list[dict[str, torch.Tensor]] = [{}]
     for name, tensor in state.items():
         if files[-1] and sum(t.nbytes for t in files[-1].values()) + tensor.nbytes > limit:

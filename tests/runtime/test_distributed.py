@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: they do what one does with more accumulation; and how they end."""
+"""Several processes, started by torchrun: the same result as one process with more accumulation, and how they end."""
 
 from __future__ import annotations
 

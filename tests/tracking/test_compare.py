@@ -1,4 +1,4 @@
-"""Runs seen from outside: beside one another, and while they go on."""
+"""Comparing runs, and following one while it trains."""
 
 from __future__ import annotations
 

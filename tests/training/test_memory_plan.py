@@ -1,4 +1,4 @@
-"""The plan against what a model, its optimizer and a step really take, and against published figures."""
+"""The plan against the measured memory of a model, its optimizer and a step, and against published figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of table entries: each entry passes, and a misspelled one is answered with the nearest, in one line."""
+"""Names of table entries: each entry passes, and for a misspelled one a one-line error suggests the nearest."""
 
 from __future__ import annotations
 
