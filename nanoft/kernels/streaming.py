@@ -3,9 +3,9 @@
     host     the frozen weights of every block, in one buffer each; pinned, so that kernels run while it is copied
     device   those of the block that computes and of the next one; embedding, head and adapters
 
-Before block i computes, block i + 1 is requested, on a stream of its own. Every block is recomputed (recompute.py), so
-backward calls the blocks once more, from the last to the first, and block i - 1 is requested then. The blocks do not
-know about it: a hook comes before each call, and lets the module's parameters be views of the buffer on the device.
+Before block i computes, block i + 1 is requested, on a separate stream. Every block is recomputed (recompute.py), so
+backward calls the blocks once more, from the last to the first, and requests block i - 1. The blocks do not know about
+it: a hook before each call makes the module's parameters views of the buffer on the device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALIGNED = 256  # bytes: where a tensor may begin in a buffer
 
 
 def keep_on_host(module: nn.Module) -> None:
-    """Move to host memory what was loaded of a module."""
+    """Move the loaded tensors of a module to host memory."""
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         if not tensor.is_meta:
             tensor.data = tensor.data.cpu()

@@ -1,4 +1,4 @@
-"""Whole runs with every objective on preferences: exact however a window is split, and after every interruption."""
+"""Whole runs with every objective on preferences: exact for every split of a window, and after every interruption."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def caller() -> str:
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the CPU wait for a GPU: numbers read, and shapes that depend on values."""
+    """Counts operations that make the CPU wait for a GPU: values read, and shapes that depend on values."""
 
     READ = ("tolist", "numpy", "cpu")
 
