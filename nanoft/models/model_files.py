@@ -38,7 +38,7 @@ SPELLINGS = [
     (r"\.weight_scale$", ".weight_scale_inv"),
     (OUTER + r"(?=(?:layers\.\d+|embed_tokens|embed_positions|norm)\.)", "model."),
 ]
-TOWERS = r"(model\.)?(vision_tower|multi_modal_projector)\."  # of a wrapper besides text: never loaded
+TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|visual|mtp)\."  # of a wrapper besides text: never loaded
 # What a directory or repository without a model's files is, by a file in it, and what to name instead.
 INSTEAD = {
     "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "
@@ -192,7 +192,7 @@ class ModelFiles:
 
 def is_block_linear(name: str) -> bool:
     """Whether a parameter is the weight of a linear in a block, which is what quantization applies to."""
-    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+    return re.fullmatch(r"model\.layers\..+_proj(_\w+)?\.weight", name) is not None
 
 
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
