@@ -4,10 +4,11 @@ Within a chunk of C positions let c_t be the sum of the decays up to t, D_tj = e
 state before it. With u_t = beta_t (v_t - what the decayed state says of k_t), the recurrence of
 nanoft/blocks/recurrence.py is a unit lower triangular system (Yang et al. 2024, section 3; 2025, eq. 12):
 
-    A = (beta K K^T * D) below its diagonal;   (I + A) [U0, W] = [beta V, beta exp(c) K]
+    T = (I + (beta K K^T * D below the diagonal))^-1;   U0 = T beta V;   W = T beta exp(c) K
     U = U0 - W S;   Y = exp(c) Q S + (Q K^T * D) U;   S <- exp(c_C) S + (exp(c_C - c) K)^T U
 
-Only U and S go from chunk to chunk. For backward just the inputs are kept; it computes the rest again.
+Only U and S go from chunk to chunk. For backward just the inputs are kept; it computes the rest again. Factors of
+positions are multiplied into matrices of C x C, which are smaller than those of keys and values.
 
 Notation in comments: m chunks, n sequences times heads, C positions, dk and dv sizes of keys and values.
 """
@@ -43,9 +44,12 @@ class _Chunks(NamedTuple):
     grown: Tensor  # exp(c), (m, n, C, 1)
     left: Tensor  # exp(c_C - c), (m, n, C, 1)
     between: Tensor  # D, (m, n, C, C)
-    system: Tensor  # A, whose upper triangle does not count
+    similar: Tensor  # K K^T * D
     scores: Tensor  # Q K^T * D
-    solved: Tensor  # [U0, W], (m, n, C, dv + dk)
+    inverse: Tensor  # T
+    written: Tensor  # exp(c_C - c) K, (m, n, C, dk)
+    u0: Tensor  # (m, n, C, dv)
+    w: Tensor  # (m, n, C, dk)
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> _Chunks:
@@ -55,21 +59,22 @@ class _Chunks(NamedTuple):
         between = decay.expand(-1, -1, -1, size).tril(-1).cumsum(2)  # c_t - c_j; a difference would be less exact
         between = between.masked_fill_(future, -torch.inf).exp_()
         grown, left = decay.cumsum(2).exp(), between[:, :, -1, :, None]
-        system = ((beta * k) @ k.transpose(2, 3)).mul_(between)
-        right = torch.cat((beta * v, beta * grown * k), dim=-1)
-        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-        scores = (q @ k.transpose(2, 3)).mul_(between)
-        return cls(q, k, v, beta, grown, left, between, system, scores, solved)
+        similar, scores = (k @ k.mT).mul_(between), (q @ k.mT).mul_(between)
+        # of the system only what is below the diagonal counts
+        one = torch.eye(size, dtype=q.dtype, device=q.device).expand_as(similar)
+        inverse = torch.linalg.solve_triangular(beta * similar, one, upper=False, unitriangular=True)
+        changed = inverse * beta.mT
+        u0, w = changed @ v, (changed * grown.mT) @ k
+        return cls(q, k, v, beta, grown, left, between, similar, scores, inverse, left * k, u0, w)
 
     def run(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """U, (m, n, C, dv), the state before each chunk, (m, n, dk, dv), and the last one."""
-        u0, w = self.solved.split([self.v.shape[-1], self.k.shape[-1]], dim=-1)
-        keys, over = (self.left * self.k).transpose(2, 3), self.grown[:, :, -1:]
-        u, states = torch.empty_like(u0), u0.new_empty(len(u0), *state.shape)
-        for i in range(len(u0)):
+        over = self.grown[:, :, -1:]
+        u, states = torch.empty_like(self.u0), self.u0.new_empty(len(self.u0), *state.shape)
+        for i in range(len(u)):
             states[i] = state
-            torch.baddbmm(u0[i], w[i], state, alpha=-1, out=u[i])
-            state = torch.baddbmm(over[i] * state, keys[i], u[i])
+            torch.baddbmm(self.u0[i], self.w[i], state, alpha=-1, out=u[i])
+            state = torch.baddbmm(over[i] * state, self.written[i].mT, u[i])
         return u, states, state
 
 
@@ -83,7 +88,7 @@ class _Chunked(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False):
             chunks = _Chunks.of(*widen(q, k, v, decay, beta))
             u, states, last = chunks.run(_start(chunks, before))
-            y = (chunks.scores @ u).add_((chunks.grown * chunks.q) @ states)
+            y = (chunks.q @ states).mul_(chunks.grown).add_(chunks.scores @ u)
         last = last.unflatten(0, (len(v), -1))
         ctx.mark_non_differentiable(last)
         return _unchunk(y, v).to(v.dtype), last
@@ -105,35 +110,35 @@ class _Chunked(torch.autograd.Function):
 def _backward(c: _Chunks, dy: Tensor, start: Tensor) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, decay and beta in chunks, (m, n, C, ...)."""
     u, states, _ = c.run(start)
-    size = c.v.shape[-1]
-    w, read, written = c.solved[..., size:], c.grown * c.q, c.left * c.k
-    over = c.grown[:, :, -1:]
-    du, d_states = c.scores.transpose(2, 3) @ dy, torch.zeros_like(states)  # of the state after each chunk
-    d_read = read.transpose(2, 3) @ dy
+    over, d_read = c.grown[:, :, -1:], c.grown * dy
+    du, d_states = c.scores.mT @ dy, torch.zeros_like(states)  # of the state after each chunk
+    d_before = c.q.mT @ d_read  # of the state before each chunk, from what is read of it
     for i in reversed(range(len(du))):
-        du[i].baddbmm_(written[i], d_states[i])
+        du[i].baddbmm_(c.written[i], d_states[i])
         if i:
-            torch.baddbmm(d_read[i] + over[i] * d_states[i], w[i].transpose(1, 2), du[i], alpha=-1, out=d_states[i - 1])
-    d_solved = torch.cat((du, du @ -states.transpose(2, 3)), dim=-1)
-    d_right = torch.linalg.solve_triangular(c.system.mT, d_solved, upper=True, unitriangular=True)
-    d_system = (d_right @ -c.solved.mT).tril_(-1)
-    d_scores = dy @ u.mT
-    dv, d_grown_k = d_right[..., :size], d_right[..., size:]  # of beta V and beta exp(c) K
-    dq, dk = c.grown * (dy @ states.mT), c.left * (u @ d_states.mT)
-    d_beta_k = (d_grown_k * c.grown * c.k).sum(-1, keepdim=True)
+            torch.baddbmm(d_before[i], c.w[i].mT, du[i], alpha=-1, out=d_states[i - 1])
+            d_states[i - 1].addcmul_(over[i], d_states[i])
+    dw, d_written = (du @ states.mT).neg_(), u @ d_states.mT
+    d_scores, dq = dy @ u.mT, d_read @ states.mT
+    changed = c.inverse * c.beta.mT
+    dv, dk = changed.mT @ du, (changed * c.grown.mT).mT @ dw
+    # U0 = T beta V and W = T beta exp(c) K: factors of T's columns; T = (I + A)^-1, A = beta (K K^T * D)
+    d_grown_k = (dk * c.k).sum(-1, keepdim=True)
+    d_changed = (du @ c.v.mT).addcmul_(dw @ c.k.mT, c.grown.mT)
+    d_beta = (d_changed * c.inverse).sum(2)[..., None]
+    d_system = (c.inverse.mT @ d_changed.mul_(c.beta.mT) @ c.inverse.mT).neg_().tril_(-1)
+    d_beta += (d_system * c.similar).sum(-1, keepdim=True)
+    d_similar = d_system.mul_(c.beta)
     # a decay is in exp(c) of its own and later positions, in exp(c_C - c) of earlier ones, in D between the two
-    d_sums = (dq * c.q).sum(-1, keepdim=True).add_(c.beta * d_beta_k)
+    d_sums = (dq * c.q).sum(-1, keepdim=True).add_(d_grown_k)
     d_sums[:, :, -1:] += over * (states * d_states).sum((2, 3))[..., None, None]
-    d_left = (dk * c.k).sum(-1, keepdim=True)
-    d_between = d_system.mul(c.system).addcmul_(d_scores, c.scores)  # the gradient of log D
+    d_left = (d_written * c.written).sum(-1, keepdim=True)
+    d_between = (d_similar * c.similar).addcmul_(d_scores, c.scores)  # the gradient of log D
     d_decay = _later(d_sums) + F.pad(d_left, (0, 0, 1, -1)).cumsum(2) + _later(d_between).tril_(-1).sum(3, keepdim=True)
-    d_system *= c.between
-    d_scores *= c.between
-    back = d_system @ c.k  # (m, n, C, dk)
-    d_beta = (back * c.k).sum(-1, keepdim=True) + d_beta_k + (dv * c.v).sum(-1, keepdim=True)
-    dk += c.beta * (back + c.grown * d_grown_k) + d_system.mT @ (c.beta * c.k) + d_scores.mT @ c.q
-    dq += d_scores @ c.k
-    return dq, dk, c.beta * dv, d_decay, d_beta
+    d_similar.mul_(c.between)
+    d_scores.mul_(c.between)
+    dk.addcmul_(d_written, c.left).add_((d_similar + d_similar.mT) @ c.k).add_(d_scores.mT @ c.q)
+    return dq.add_(d_scores @ c.k), dk, dv, d_decay, d_beta
 
 
 def _later(x: Tensor) -> Tensor:
