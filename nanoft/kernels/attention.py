@@ -53,6 +53,10 @@ class FastContext(SequenceContext):
             return self.rule(q, k, v, decay, beta)[0]
         return in_groups(lambda *parts: self.rule(*parts)[0], self.documents, q, k, v, decay, beta)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def convolve(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
+        return deltanet.convolution(x, weight, None if self.documents is None else self.documents.lengths)
+
 
 def describe(q: Tensor, scores: Scores, packed: bool) -> str:
     """What computes attention for such queries, in a few words for the log."""

@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks of positions: matrix products instead of a step for each position.
+"""The gated delta rule in chunks of positions: matrix products instead of a step for each position; a convolution.
 
 Within a chunk of C positions let c_t be the sum of the decays up to t, D_tj = exp(c_t - c_j) for j <= t, and S the
 state before it. With u_t = beta_t (v_t - what the decayed state says of k_t), the recurrence of
@@ -15,6 +15,7 @@ Notation in comments: m chunks, n sequences times heads, C positions, dk and dv 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,49 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """As `recurrence.delta_rule`; no gradient goes through the states."""
     return _Chunked.apply(q, k, v, decay, beta, before)
+
+
+def convolution(x: Tensor, weight: Tensor, lengths: tuple[int, ...] | None = None) -> Tensor:
+    """y of `recurrence.convolution` for documents of these lengths, end to end in x, (b, q, c); None: for each row."""
+    return _Convolution.apply(x, weight.to(x.dtype), lengths)
+
+
+class _Convolution(torch.autograd.Function):
+    """Shifted products, added in place; x is kept only if the weight is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.lengths, y = lengths, x * weight[:, -1]
+        for j, later, earlier in _shifts(weight, lengths, y, x):
+            later.addcmul_(earlier, weight[:, -1 - j])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), d_weight = ctx.saved_tensors, None
+        dx = dy * weight[:, -1]
+        for j, later, earlier in _shifts(weight, ctx.lengths, dy, dx):
+            earlier.addcmul_(later, weight[:, -1 - j])
+        if x is not None:
+            d_weight = torch.zeros_like(weight)
+            d_weight[:, -1] = (dy * x).sum((0, 1))
+            for j, later, earlier in _shifts(weight, ctx.lengths, dy, x):
+                d_weight[:, -1 - j] += (later * earlier).flatten(0, -2).sum(0)
+        return dx, d_weight, None
+
+
+def _shifts(
+    weight: Tensor, lengths: tuple[int, ...] | None, y: Tensor, x: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """How far back a position sees, and parts of y and of x, of one document, that are so far apart."""
+    documents = [(y, x)]
+    if lengths is not None:
+        documents = list(zip(*(part.flatten(0, 1).split(lengths) for part in (y, x)), strict=True))
+    for later, earlier in documents:
+        for j in range(1, min(weight.shape[1], later.shape[-2])):
+            yield j, later[..., j:, :], earlier[..., :-j, :]
 
 
 class _Chunks(NamedTuple):
@@ -67,15 +111,15 @@ class _Chunks(NamedTuple):
         u0, w = changed @ v, (changed * grown.mT) @ k
         return cls(q, k, v, beta, grown, left, between, similar, scores, inverse, left * k, u0, w)
 
-    def run(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """U, (m, n, C, dv), the state before each chunk, (m, n, dk, dv), and the last one."""
-        over = self.grown[:, :, -1:]
-        u, states = torch.empty_like(self.u0), self.u0.new_empty(len(self.u0), *state.shape)
+    def run(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """U, (m, n, C, dv), and the states before each chunk and after the last, (m + 1, n, dk, dv)."""
+        over, u = self.grown[:, :, -1:], torch.empty_like(self.u0)
+        states = state.new_empty(len(u) + 1, *state.shape)
+        states[0] = state
         for i in range(len(u)):
-            states[i] = state
-            torch.baddbmm(self.u0[i], self.w[i], state, alpha=-1, out=u[i])
-            state = torch.baddbmm(over[i] * state, self.written[i].mT, u[i])
-        return u, states, state
+            torch.baddbmm(self.u0[i], self.w[i], states[i], alpha=-1, out=u[i])
+            torch.mul(states[i], over[i], out=states[i + 1]).baddbmm_(self.written[i].mT, u[i])
+        return u, states
 
 
 class _Chunked(torch.autograd.Function):
@@ -87,9 +131,9 @@ class _Chunked(torch.autograd.Function):
         q, k, v, decay, beta, before = inputs
         with torch.autocast(v.device.type, enabled=False):
             chunks = _Chunks.of(*widen(q, k, v, decay, beta))
-            u, states, last = chunks.run(_start(chunks, before))
-            y = (chunks.q @ states).mul_(chunks.grown).add_(chunks.scores @ u)
-        last = last.unflatten(0, (len(v), -1))
+            u, states = chunks.run(_start(chunks, before))
+            y = (chunks.q @ states[:-1]).mul_(chunks.grown).add_(chunks.scores @ u)
+        last = states[-1].unflatten(0, (len(v), -1)).clone()
         ctx.mark_non_differentiable(last)
         return _unchunk(y, v).to(v.dtype), last
 
@@ -109,10 +153,11 @@ class _Chunked(torch.autograd.Function):
 
 def _backward(c: _Chunks, dy: Tensor, start: Tensor) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, decay and beta in chunks, (m, n, C, ...)."""
-    u, states, _ = c.run(start)
-    over, d_read = c.grown[:, :, -1:], c.grown * dy
-    du, d_states = c.scores.mT @ dy, torch.zeros_like(states)  # of the state after each chunk
+    u, states = c.run(start)
+    states, over, d_read = states[:-1], c.grown[:, :, -1:], c.grown * dy
+    du, d_states = c.scores.mT @ dy, torch.empty_like(states)  # of the state after each chunk
     d_before = c.q.mT @ d_read  # of the state before each chunk, from what is read of it
+    d_states[-1] = 0
     for i in reversed(range(len(du))):
         du[i].baddbmm_(c.written[i], d_states[i])
         if i:
@@ -155,7 +200,9 @@ def _start(chunks: _Chunks, before: Tensor | None) -> Tensor:
 
 def _chunk(x: Tensor, size: int) -> Tensor:
     """(b, q, h, d) as (m, n, C, d), with zeros at the end, which change no state."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % size)).unflatten(1, (-1, size))  # (b, m, C, h, d)
+    if missing := -x.shape[1] % size:
+        x = F.pad(x, (0, 0, 0, 0, 0, missing))
+    x = x.unflatten(1, (-1, size))  # (b, m, C, h, d)
     return x.permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()
 
 

@@ -426,9 +426,8 @@ LFM2 = """
     block_use_xavier_init block_norm_eps block_use_swiglu num_heads theta use_pos_enc
 """.split()  # noqa: SIM905
 LFM2_NAMES = (
-    ("model.embedding_norm", "model.norm"), ("operator_norm", "input_layernorm"),
-    ("ffn_norm", "post_attention_layernorm"), ("self_attn.q_layernorm", "self_attn.q_norm"),
-    ("self_attn.k_layernorm", "self_attn.k_norm"), ("self_attn.out_proj", "self_attn.o_proj"),
+    ("embedding_norm", "norm"), ("operator_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
+    ("q_layernorm", "q_norm"), ("k_layernorm", "k_norm"), ("self_attn.out_proj", "self_attn.o_proj"),
     ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w3", "mlp.up_proj"), ("feed_forward.w2", "mlp.down_proj"),
 )  # fmt: skip
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}

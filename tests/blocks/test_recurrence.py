@@ -71,7 +71,8 @@ def test_packed_documents_start_anew(context_class: type[SequenceContext], dtype
     for y, piece in zip(found[0], pieces, strict=True):
         torch.testing.assert_close(y, delta_rule(*(part[None] for part in piece))[0][0], **bound)
     for y, piece in zip(convolved, x.flatten(0, 1).split(LENGTHS), strict=True):
-        torch.testing.assert_close(y, convolution(piece[None], weight)[0][0], rtol=0, atol=0)
+        rounded = 1e-5 if dtype == torch.float32 else 0.05  # each of four sums, of numbers up to 8
+        torch.testing.assert_close(y, convolution(piece[None], weight)[0][0], rtol=0, atol=rounded)
 
 
 @pytest.mark.parametrize("context_class", [SequenceContext, FastContext])

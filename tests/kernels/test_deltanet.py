@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
+from nanoft.attention import Documents, SequenceContext
 from nanoft.blocks import recurrence
 from nanoft.kernels import deltanet
+from nanoft.kernels.attention import FastContext
 
 
 def parts(length: int, dtype: torch.dtype, strength: float = 2.0) -> list[Tensor]:
@@ -63,3 +67,20 @@ def test_only_the_inputs_are_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.data_ptr()) or t, lambda t: t):  # type: ignore
         deltanet.delta_rule(*inputs)
     assert kept == {part.data_ptr() for part in inputs}
+
+
+@pytest.mark.parametrize("lengths", [None, (1, 2, 30, 3, 4)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_convolution_is_that_of_the_core(lengths: tuple[int, ...] | None, trained: bool) -> None:
+    draw, bounds = torch.Generator().manual_seed(0), torch.tensor((0, *(lengths or ()))).cumsum(0).int()
+    x = torch.randn(2, 20, 5, generator=draw, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(5, 4, generator=draw, dtype=torch.float64).requires_grad_(trained)
+    documents = None if lengths is None else Documents(lengths, bounds)
+    found, expected = (
+        context([], documents).convolve(x, weight, SimpleNamespace(index=0))
+        for context in (FastContext, SequenceContext)
+    )
+    torch.testing.assert_close(found, expected)
+    inputs = [x, weight] if trained else [x]
+    for one, other in zip(*(torch.autograd.grad(y.sin().sum(), inputs) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
