@@ -39,6 +39,7 @@ SPELLINGS = [
     (OUTER + r"(?=(?:layers\.\d+|embed_tokens|embed_positions|norm)\.)", "model."),
 ]
 TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|visual|mtp)\."  # of a wrapper besides text: never loaded
+MTP = r"mtp\."  # layers that predict a second token (Qwen3.5): neither
 # What a directory or repository without a model's files is, by a file in it, and what to name instead.
 INSTEAD = {
     "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "
@@ -167,13 +168,15 @@ class ModelFiles:
             notes.append("quantization_config is ignored: the weights are not quantized")
             quantization = None
         said = tuple(f"{self.directory / 'config.json'}: {note}" for note in notes)
-        towers = {own.name: own for own in headers.values() if self.decoder.wrapped and re.match(TOWERS, own.name)}
+        towers = {
+            own.name: own for own in headers.values() if re.match(TOWERS if self.decoder.wrapped else MTP, own.name)
+        }
         decoder = replace(self.decoder, tied=tied, has_score=SCORE in headers)
         return replace(self, decoder=decoder, quantization=quantization, notes=said, towers=towers)
 
     def stored_name(self, name: str) -> str:
         """The name of a decoder's weight in a directory with this config.json."""
-        if next(iter(self.towers), "").startswith("model."):
+        if any(tower.startswith("model.") for tower in self.towers):
             return re.sub("^model", "model.language_model", name)
         return f"language_model.{name}" if self.decoder.wrapped else file_name(self.decoder.family, name)
 
