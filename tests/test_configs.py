@@ -183,7 +183,7 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "training.micro_batch_size: 4 sequences of 4096 tokens take" in error
-    assert "and 5.40 GB are available" in error
+    assert "but only 5.40 GB are available" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
@@ -195,8 +195,8 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
             ["--plan", "system.memory_gb=none"],
             "set system.device=auto, or set system.memory_gb to plan for that",
         ),
-        (["system.device=auto"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set training.opt"),
-        (["--plan", "system.device=cpu"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set train"),
+        (["system.device=auto"], "training.optimizer: adamw_paged runs on cuda, but this device is cpu: set training.opt"),
+        (["--plan", "system.device=cpu"], "training.optimizer: adamw_paged runs on cuda, but this device is cpu: set train"),
         (["--plan", "system.device=tpu"], "system.device: 'tpu' is not one of auto, cuda, mps, cpu"),
     ],
     ids=str,
