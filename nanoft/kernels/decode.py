@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import AttentionLayer, CacheContext, Rotation
+from nanoft.blocks.deltanet import GatedDeltaNet
 from nanoft.blocks.moe import Experts
 from nanoft.blocks.norms import NORM_KINDS
+from nanoft.blocks.short_conv import ShortConv
 from nanoft.blocks.trained import PACKED
 from nanoft.kernels.block import LINEARS, FastBlock
 from nanoft.kernels.experts import FastExperts, FastMLP
@@ -30,6 +32,7 @@ from nanoft.runtime.memory import available_bytes, available_host_bytes
 Function = Callable[..., Tensor]
 Build = Callable[[Tensor, Tensor | None], Function]  # a linear from its weight and bias
 MEMORY_SHARE = 0.5  # largest share of the free memory for a second copy of the weights
+METHODS = (types.FunctionType, staticmethod, property)
 CACHED_BYTES = 16e6  # float32 weights up to this size fit into a processor's caches, so their order does not matter
 
 
@@ -75,7 +78,7 @@ def twin(module: Any, build: Build | None) -> Function:
     kind: Any = {FastMLP: MLP, FastExperts: Experts}.get(type(module), type(module))
     if kind is nn.ModuleList:
         return [twin(child, build) for child in module]  # type: ignore[return-value]
-    if kind in (SelfAttention, MLP, Experts):
+    if kind in (SelfAttention, GatedDeltaNet, ShortConv, MLP, Experts):
         return _twin_class(kind)(module, build)
     if kind in VARIANTS.values():
         return adapted(module, build) if module.enabled else twin(module.base, build)
@@ -98,8 +101,8 @@ class Twin:
             if not name.startswith("_"):
                 setattr(self, name, value)
         self.training = False
-        for name, parameter in module._parameters.items():
-            setattr(self, name, parameter)
+        for name, own in module._parameters.items():
+            setattr(self, name, own)
         for name, child in module._modules.items():
             setattr(self, name, None if child is None else twin(child, build))
 
@@ -111,7 +114,7 @@ class Twin:
 def _twin_class(kind: Any) -> type[Twin]:
     """`Twin` with the methods of a module's class, which are bound when called, so that a twin frees its weights."""
     public = {name: value for name, value in vars(kind).items() if not name.startswith("_")}
-    methods = {name: value for name, value in public.items() if isinstance(value, types.FunctionType | staticmethod)}
+    methods = {name: value for name, value in public.items() if isinstance(value, METHODS)}
     return type(kind.__name__, (Twin,), methods)
 
 

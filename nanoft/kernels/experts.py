@@ -42,7 +42,7 @@ class FastExperts(Experts):
 def install(block: Any) -> None:
     """Use these for the experts of a block, if their types are known."""
     mlp = block.mlp
-    if type(mlp) is Experts and all(is_known(identity, expert, MLP) for expert in mlp.experts):
+    if type(mlp) is Experts and all(type(expert) is MLP and is_known(identity, expert) for expert in mlp.experts):
         mlp.__class__ = FastExperts
         for expert in mlp.experts:
             expert.__class__ = FastMLP

@@ -153,7 +153,7 @@ def test_commands(
     run_lines(session_of(chat, script), "\n".join([*lines, "/etc/passwd?", "/help", "/quit", "q6"]), monkeypatch)
     out, err = capsys.readouterr()
     assert out.replace("> ", "") == "A1\nbase: B1\nA2\nA3\nA4\n"
-    assert err.removeprefix(BANNER) == f"no question yet\n/etc/passwd?: unknown command{KNOWN}\n{HELP}\n"
+    assert err.removeprefix(BANNER) == f"there is no question yet\n/etc/passwd?: unknown command{KNOWN}\n{HELP}\n"
     brief = "<|im_start|>system\nbe  brief<|im_end|>\n"
     assert script.asked == [
         (user("q1") + OPEN, 50, True),
@@ -225,7 +225,7 @@ def test_a_question_larger_than_the_context_is_refused_and_not_remembered(
 ) -> None:
     script = Script(chat, ["yes" * 20], {})
     session = session_of(chat, script, context=60)
-    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, the model's context 60: shorten it"):
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, the model's context only 60: shorten it"):
         session.ask("y" * 200)
     assert session.messages == []
     session.ask("hi")

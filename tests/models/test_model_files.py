@@ -344,7 +344,7 @@ def dangling(directory: Path) -> None:
     [
         (adapter_only, "is an adapter, not a model: set model.name to its base, and lora.start_from={0}"),
         (trainer_output, "only checkpoints of a Trainer: name one of them, such as {0}/checkpoint-1000"),
-        (a_run, "is a run, not a model: set model.name to its base, and lora.start_from={0}"),
+        (a_run, "a run, not a model: set model.name to its base, and lora.start_from={0}"),
         (files_named("model-Q4_K_M.gguf"), "has its weights in GGUF, which is for inference: name the original model"),
         (with_config("model-f16.gguf"), "has its weights in GGUF"),
         (with_config("pytorch_model.bin"), "pickles, such as pytorch_model.bin, which can run code and are not read"),
