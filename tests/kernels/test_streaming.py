@@ -144,7 +144,7 @@ def test_the_next_block_is_requested_before_a_block_computes(base: Path, monkeyp
 
 @pytest.mark.parametrize("bits", rest_is_slow([16, 4], 4))
 def test_a_whole_run_is_the_same(bits: int, tmp_path: Path) -> None:
-    """Begun with streamed blocks, ended with resident ones; its loss, evaluations, answers and adapter."""
+    """Begun with streamed blocks, ended with resident ones; its losses, evaluations and adapter."""
     short = {"quantization__bits": bits, "training__lr_scheduler": "constant", "training__warmup_ratio": 0.0}
     for name, device, steps in (("whole", "auto", 8), ("run", "host", 5), ("run", "auto", 8)):
         own = {"model__base_device": device, "training__max_steps": steps, "evaluation__prompts": 1}
