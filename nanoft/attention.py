@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoft.blocks.recurrence import Kept, Recurrence
+
 
 class AttentionLayer(Protocol):
     """What a context needs to know about the layer that calls it."""
@@ -57,7 +59,7 @@ class Documents:
     bounds: Tensor  # (documents + 1,) int32, on the model's device: 0, and the end of each document
 
 
-class SequenceContext:
+class SequenceContext(Recurrence):
     """What the layers of one forward pass share: the rotation of each position, and which positions it sees."""
 
     def __init__(self, rotations: Sequence[Rotation], documents: Documents | None = None):
@@ -91,15 +93,16 @@ class CacheContext(SequenceContext):
     def __init__(
         self,
         tables: tuple[Sequence[Rotation], Tensor],  # from `tables`
-        keys: list[Tensor],  # of each layer, (b, g, slots, d), like values; the new ones are written into them
-        values: list[Tensor],
+        keys: dict[int, Tensor],  # by layer, (b, g, slots, d), like values; the new ones are written into them
+        values: dict[int, Tensor],
         slot: int,  # of the new positions
         full: int,  # the first slot that is not empty in any sequence
+        kept: Kept | None = None,  # of layers without attention
     ):
         rotations, self.filled = tables
         here = slice(slot, slot + 1)
         super().__init__([r.at(here) for r in rotations])
-        self.keys, self.values, self.slot, self.full = keys, values, slot, full
+        self.keys, self.values, self.slot, self.full, self.kept = keys, values, slot, full, kept
 
     @classmethod
     def tables(cls, rotations: Sequence[Rotation], filled: Tensor) -> tuple[Sequence[Rotation], Tensor]:

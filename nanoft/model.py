@@ -27,8 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
+from nanoft.blocks.deltanet import DeltaNetSizes, GatedDeltaNet
 from nanoft.blocks.norms import NORM_KINDS, RMSNorm
 from nanoft.blocks.rope import Rope, document_lengths
+from nanoft.blocks.short_conv import ShortConv
 from nanoft.blocks.trained import Adapter
 from nanoft.recompute import ActivationPolicy, run_block
 
@@ -61,6 +63,7 @@ class DecoderConfig:
     parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)): both halves see the same x (GPT-NeoX)
     norm_offset: float = 0.0  # norms multiply by offset + weight (Gemma: 1)
     qk_norm: str = ""  # norm of queries and keys: over each "head" (Qwen3), over all heads, the "width" (OLMo 2)
+    gated_attention: bool = False  # y sigmoid(gate); q_proj has the gate's rows after those of each head (Qwen3.5)
     attention_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
     attention_cap: float | None = None  # scores s become cap tanh(s / cap) (Gemma 2)
     embedding_scale: float = 1.0  # x = scale * embedding[ids]
@@ -68,6 +71,9 @@ class DecoderConfig:
     residual_scale: float = 1.0  # x + scale * attention(norm(x)) (Granite)
     logit_scale: float = 1.0  # logits = scale * hidden @ head^T
     logit_cap: float | None = None  # logits l become cap tanh(l / cap)
+    mixers: tuple[str, ...] = ()  # of MIXERS, per layer; none: attention everywhere
+    conv_kernel: int = 0  # positions that a convolution sees, its own among them
+    delta: DeltaNetSizes | None = None  # of layers with the mixer "deltanet"
     wrapped: bool = False  # text is one tower of a larger model
 
     @property
@@ -83,6 +89,9 @@ class DecoderConfig:
     def rope(self) -> Rope:
         """The rope of the layers with the widest view."""
         return next(iter(self.distinct_ropes), Rope())
+
+    def mixer(self, layer: int) -> str:
+        return self.mixers[layer] if self.mixers else "attention"
 
     def make_norm(self, size: int) -> RMSNorm:
         return NORM_KINDS[self.norm](size, self.norm_eps, self.norm_offset)
@@ -115,7 +124,8 @@ class SelfAttention(nn.Module):
         self.widths = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
         separate, self.interleaved = c.qkv == "separate", c.qkv == "interleaved"
         self.inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj") if separate else ("qkv_proj",)
-        for name, width in zip(self.inputs, self.widths if separate else [sum(self.widths)], strict=True):
+        self.gated, own = c.gated_attention, [self.widths[0] * (1 + c.gated_attention), *self.widths[1:]]
+        for name, width in zip(self.inputs, own if separate else [sum(self.widths)], strict=True):
             self.add_module(name, nn.Linear(c.hidden_size, width, bias=c.qkv_bias))
         self.o_proj = nn.Linear(self.widths[0], c.hidden_size, bias=c.o_bias)
         self.over_width = c.qk_norm == "width"
@@ -124,8 +134,9 @@ class SelfAttention(nn.Module):
         self.k_norm = c.make_norm(sizes[1]) if c.qk_norm else None
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        q, k, v = self.heads([getattr(self, name)(x) for name in self.inputs], context)
-        return self.o_proj(context.attend(q, k, v, self).flatten(2))
+        projected = [getattr(self, name)(x) for name in self.inputs]
+        q, k, v = self.heads(projected, context)
+        return self.o_proj(self.gate(context.attend(q, k, v, self).flatten(2), projected[0]))
 
     def heads(self, projected: list[Tensor], context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         """Projections (b, q, heads * d), split into heads, normalized and rotated: (b, q, h or g, d)."""
@@ -138,10 +149,16 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if not self.interleaved:
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.gated:
+            q = q[:, :, ::2]  # between the heads are the gates
         if self.q_norm is not None and self.k_norm is not None and not self.over_width:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = context.rotate(q, k, self)
         return q.to(v.dtype), k.to(v.dtype), v  # under autocast a norm's float32 weight widens q and k
+
+    def gate(self, y: Tensor, projected: Tensor) -> Tensor:
+        """y sigmoid(gate), (b, q, h * d), if q's projection has a gate after each head (Qiu et al. 2025)."""
+        return y * projected.unflatten(-1, (-1, 2, self.head_dim))[..., 1, :].flatten(2).sigmoid() if self.gated else y
 
 
 class MLP(nn.Module):
@@ -167,16 +184,32 @@ class MLP(nn.Module):
         return self.activation(gate) * up
 
 
+# What lets positions see each other in a block: its name in files, and how it is made.
+MIXERS: dict[str, tuple[str, Callable[[DecoderConfig, int], nn.Module]]] = {
+    "attention": ("self_attn", SelfAttention),
+    "deltanet": (
+        "linear_attn",
+        lambda c, layer: GatedDeltaNet(layer, c.hidden_size, c.delta, c.conv_kernel, c.norm_eps),  # type: ignore
+    ),
+    "short_conv": ("conv", lambda c, layer: ShortConv(layer, c.hidden_size, c.conv_kernel)),
+}
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): a pre-norm transformer block, unless NORMS says otherwise."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.norm_names, self.scale, self.parallel = NORMS[config.norms], config.residual_scale, config.parallel
-        self.self_attn = SelfAttention(config, layer)
+        self.mixer_name, make = MIXERS[config.mixer(layer)]
+        self.add_module(self.mixer_name, make(config, layer))
         self.mlp = MLP(config)
         for name in filter(None, self.norm_names):
             self.add_module(name, config.make_norm(config.hidden_size))
+
+    @property
+    def mixer(self) -> Any:
+        return getattr(self, self.mixer_name)
 
     def norm(self, place: int) -> Callable[[Tensor], Tensor]:
         """The norm at a place of NORMS; the identity if there is none."""
@@ -184,7 +217,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
         """The residual stream after this block, (b, q, hidden); at some positions only, (1, n, hidden)."""
-        y = self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context)))
+        y = self.add(x, self.norm(1)(self.mixer(self.norm(0)(x), context)))
         x, y = select(x, target_positions), select(y, target_positions)  # from here on, positions are independent
         return self.add(y, self.norm(3)(self.mlp(self.norm(2)(x if self.parallel else y))))
 

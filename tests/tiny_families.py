@@ -20,7 +20,8 @@ MINISTRAL = {**YARN, "factor": 16.0, "original_max_position_embeddings": 16, "ms
 GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 8}
 GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 3}
 GPT2 = {**dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), "n_inner": 128}
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+QWEN3_5 = {"linear_num_key_heads": 2, "linear_key_head_dim": 24, "linear_value_head_dim": 32}
 GRANITE4 = {
     **GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": [FULL] * 3, "mamba_n_heads": 16,
     "shared_intermediate_size": 128, "position_embedding_type": "rope",
@@ -80,6 +81,14 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
             "use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new",
             "tie_word_embeddings": True, "rope_parameters": {**PLAIN, "partial_rotary_factor": 1.0},
         },
+    ],
+    "qwen3_5_text": [
+        {**QWEN3_5, "layer_types": [LINEAR, FULL, LINEAR], "linear_num_value_heads": 4},
+        {**QWEN3_5, "num_hidden_layers": 4, "linear_num_value_heads": 2, "tie_word_embeddings": True, "head_dim": 40},
+    ],
+    "lfm2": [
+        {"layer_types": ["conv", FULL, "conv"]},
+        {"full_attn_idxs": [0, 2], "block_multiple_of": 32, "conv_L_cache": 4, "tie_word_embeddings": False},
     ],
     "granitemoehybrid": [GRANITE4, {**GRANITE4, "position_embedding_type": None, "tie_word_embeddings": True}],
     "seed_oss": [{}, {"head_dim": 40, "attention_out_bias": True, "mlp_bias": True}],

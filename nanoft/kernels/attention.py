@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoft.attention import AttentionLayer, Documents, Scores, SequenceContext
-from nanoft.kernels import fused, metal
+from nanoft.kernels import deltanet, fused, metal
 from nanoft.model import SelfAttention
 
 SIMILAR = 0.8  # documents of at least this share of the longest one's length are batched with it
@@ -29,7 +29,10 @@ CHUNK = 256  # queries at a time in `_Chunked`: their weights fit into a CPU's c
 
 
 class FastContext(SequenceContext):
-    """A `SequenceContext` with a rotation in two passes and an attention without masks, for exactly `SelfAttention`."""
+    """A `SequenceContext` with a rotation in two passes and an attention without masks, for exactly `SelfAttention`,
+    and with the delta rule in chunks."""
+
+    rule = staticmethod(deltanet.delta_rule)
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         if layer.rope is None or torch.compiler.is_compiling() or not is_known(layer):
@@ -43,6 +46,16 @@ class FastContext(SequenceContext):
         if not is_known(layer):
             return super().attend(q, k, v, layer)
         return attend(q, k, v, layer.scores, self.documents)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as `attend`
+    def scan(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, layer: Any) -> Tensor:
+        if self.documents is None:
+            return self.rule(q, k, v, decay, beta)[0]
+        return in_groups(lambda *parts: self.rule(*parts)[0], self.documents, q, k, v, decay, beta)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def convolve(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
+        return deltanet.convolution(x, weight, None if self.documents is None else self.documents.lengths)
 
 
 def describe(q: Tensor, scores: Scores, packed: bool) -> str:
@@ -75,16 +88,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents
     scores = within(scores, q.shape[1])
     if documents is None:
         return _causal(q, k, v, scores)
-    flat = [part.flatten(0, 1) for part in (q, k, v)]  # (b * q, heads, d): the sequences end to end
     if has_varlen(q, scores):
-        return _varlen(flat, documents, scores).view_as(q)
+        return _varlen([part.flatten(0, 1) for part in (q, k, v)], documents, scores).view_as(q)
+    return in_groups(lambda q, k, v: _causal(q, k, v, within(scores, q.shape[1])), documents, q, k, v)
+
+
+def in_groups(function: Callable[..., Tensor], documents: Documents, *parts: Tensor) -> Tensor:
+    """A causal function of sequences, (b, q, ...), of each document alone, documents of similar length batched."""
+    flat = [part.flatten(0, 1) for part in parts]  # (b * q, ...): the sequences end to end
     (groups, order), outputs = group_documents(documents), []
     for places, real in groups:
         ours = [part.index_select(0, places.flatten()).unflatten(0, places.shape) for part in flat]
-        outputs.append(
-            _causal(ours[0], ours[1], ours[2], within(scores, places.shape[1])).flatten(0, 1).index_select(0, real)
-        )
-    return torch.cat(outputs).index_select(0, order).view_as(q)
+        outputs.append(function(*ours).flatten(0, 1).index_select(0, real))
+    return torch.cat(outputs).index_select(0, order).unflatten(0, parts[0].shape[:2])
 
 
 @functools.lru_cache(maxsize=1)  # once for all layers

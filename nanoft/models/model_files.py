@@ -38,7 +38,8 @@ SPELLINGS = [
     (r"\.weight_scale$", ".weight_scale_inv"),
     (OUTER + r"(?=(?:layers\.\d+|embed_tokens|embed_positions|norm)\.)", "model."),
 ]
-TOWERS = r"(model\.)?(vision_tower|multi_modal_projector)\."  # of a wrapper besides text: never loaded
+TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|visual|mtp)\."  # of a wrapper besides text: never loaded
+MTP = r"mtp\."  # layers that predict a second token (Qwen3.5), which are not loaded either
 # A directory or repository without a model's files: a file in it -> what it is, and what to name instead.
 INSTEAD = {
     "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "
@@ -167,13 +168,15 @@ class ModelFiles:
             notes.append("quantization_config is ignored: the weights are not quantized")
             quantization = None
         said = tuple(f"{self.directory / 'config.json'}: {note}" for note in notes)
-        towers = {own.name: own for own in headers.values() if self.decoder.wrapped and re.match(TOWERS, own.name)}
+        towers = {
+            own.name: own for own in headers.values() if re.match(TOWERS if self.decoder.wrapped else MTP, own.name)
+        }
         decoder = replace(self.decoder, tied=tied, has_score=SCORE in headers)
         return replace(self, decoder=decoder, quantization=quantization, notes=said, towers=towers)
 
     def stored_name(self, name: str) -> str:
         """The name of a decoder's weight in a directory with this config.json."""
-        if next(iter(self.towers), "").startswith("model."):
+        if any(tower.startswith("model.") for tower in self.towers):
             return re.sub("^model", "model.language_model", name)
         return f"language_model.{name}" if self.decoder.wrapped else file_name(self.decoder.family, name)
 
@@ -192,7 +195,7 @@ class ModelFiles:
 
 def is_block_linear(name: str) -> bool:
     """Whether a parameter is the weight of a linear in a block, which is what quantization applies to."""
-    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+    return re.fullmatch(r"model\.layers\..+_proj(_\w+)?\.weight", name) is not None
 
 
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:

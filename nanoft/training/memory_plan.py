@@ -154,13 +154,14 @@ def estimate_memory(
     tokens = rows * length
     bits = 16 if full or config.quantization.dequantize == "cached" else config.quantization.bits
     moments = OPTIMIZERS[config.training.optimizer].bytes_per_parameter(config.training)
-    block = kept_by_block(decoder, counts, config, e) * tokens
-    waiting = {"all": block, "input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
+    blocks = [kept_by_block(decoder, counts, config, e, decoder.mixer(i)) * tokens for i in range(decoder.num_layers)]
+    waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     cpu = device_type == "cpu"
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
     inner = decoder.intermediate_size / (2 if decoder.mlp == "plain" else 1)  # without a gate there is half of it
     transient = (wide * inner + narrow * decoder.hidden_size) * tokens * e
-    again = max((block for one in keep if one != "all"), default=0.0)  # one of these at a time
+    by_block = list(zip(keep, blocks, strict=True))
+    again = max((block for one, block in by_block if one != "all"), default=0.0)  # one of these at a time
     targets = tokens * target_share
     chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
     split = config.training.sharding == "full"
@@ -190,7 +191,7 @@ def estimate_memory(
         "cast weights": part * counts.linears * e if full and e < 4 else 0.0,  # for the products, by autocast
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
-        "activations": sum(waiting[one] for one in keep),
+        "activations": sum(waiting.get(one, block) for one, block in by_block),
         "backward": again + transient + unpacked + scores + 2 * slopes * cpu,
         # a chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these
         "loss": chunk * decoder.vocab_size * (2 * e + 4)
@@ -202,22 +203,37 @@ def estimate_memory(
     return Plan(parts, list(keep))
 
 
-def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> float:
+def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, mixer: str = "attention") -> float:
     """Bytes per token that a block keeps for backward; `e` is the size of a number."""
-    q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    inner = (1 if c.mlp == "plain" else 2) * c.intermediate_size
-    kept = (1 if c.parallel else 2) * c.hidden_size + 2 * q + 2 * k + inner + counts.ranks
-    if c.qkv != "separate" and c.distinct_ropes:  # q and k before rotation: v is a part of the same tensor
-        kept += q + k
     full, before, after = config.training.method == "full", NORMS[c.norms][::2], NORMS[c.norms][1::2]
-    normed = (q + k) * bool(c.qk_norm) + c.hidden_size * sum(map(bool, after))
+    mixed, outputs, normed = kept_by_mixer(c, mixer, full)
+    inner = (1 if c.mlp == "plain" else 2) * c.intermediate_size
+    kept = (1 if c.parallel else 2) * c.hidden_size + mixed + inner + counts.ranks
+    normed += c.hidden_size * sum(map(bool, after))
     if full:  # normed inputs, silu(gate) and the product, too
         kept += 2 * c.hidden_size + inner
         normed += c.hidden_size * sum(map(bool, before))
     kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
     if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
-        kept += 2 * q + 2 * k + inner + c.hidden_size
+        kept += outputs + inner + c.hidden_size
     return float(kept * e)
+
+
+def kept_by_mixer(c: DecoderConfig, mixer: str, full: bool) -> tuple[int, int, int]:
+    """Numbers per token of what lets positions see each other: kept, outputs of its linears, and kept twice in
+    float32 by norms."""
+    q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    if mixer == "short_conv":  # three projections, and what the convolution makes; its input and the product
+        return (6 if full else 4) * c.hidden_size, 4 * c.hidden_size, 0
+    if mixer == "deltanet" and c.delta:
+        keys, values = c.delta.key_heads * c.delta.key_dim, c.delta.value_heads * c.delta.value_dim
+        # before and after silu, what the state says and its gate; the convolution's input and the gated product
+        qkv, other = 2 * keys + values, 5 * c.delta.value_heads  # decays in float32
+        return (3 if full else 2) * qkv + (5 if full else 2) * values + other, qkv + 2 * values, values * full
+    kept = 2 * q + 2 * k + 2 * q * c.gated_attention
+    if c.qkv != "separate" and c.distinct_ropes:  # q and k before rotation: v is a part of the same tensor
+        kept += q + k
+    return kept, 2 * q + 2 * k, (q + k) * bool(c.qk_norm)
 
 
 def choose_recompute(
@@ -246,7 +262,8 @@ def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, leng
     A product with n weights costs 2 n forward, 2 n for the gradient of its input, 2 n for its own if it is trained.
     Causal attention: 2 q (length + 1) forward, 2.5 times that backward. `again` is the share of blocks computed twice.
     """
-    attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * (length + 1)
+    layers = [decoder.mixer(layer) for layer in range(decoder.num_layers)].count("attention")
+    attention = 2 * layers * decoder.num_heads * decoder.head_dim * (length + 1)
     frozen = counts.linears * (2 + 2 + 2 * again) + attention * (3.5 + again)
     head = 0.5 * decoder.vocab_size * decoder.hidden_size
     if config.training.method == "full":
