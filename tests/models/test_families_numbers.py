@@ -290,7 +290,7 @@ def test_random_deltanets_remember_and_forget(saved: Saved) -> None:
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     rates = model.get_parameter("model.layers.0.linear_attn.A_log").exp()
     assert rates.unique().numel() == len(rates)
-    assert 0.01 < rates.min()
+    assert rates.min() > 0.01
     assert rates.max() < 16
 
 
