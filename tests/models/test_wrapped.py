@@ -172,7 +172,7 @@ def test_the_rope_of_ministral3_must_be_given() -> None:
 
 @pytest.fixture(scope="module")
 def adapted(wrapper: Path) -> tuple[Path, Tensor]:
-    """The adapter of a run and what it says."""
+    """The adapter of a run, and its logits."""
     return wrapper / "run" / "adapter", ours(open_model(str(wrapper / "run"), CPU, torch.float32).model)
 
 

@@ -1,4 +1,4 @@
-"""The plan against what a model, its optimizer and a step really take, and against published figures."""
+"""The plan against the measured memory of a model, its optimizer and a step, and against published figures."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits() -> None:
     assert choose_rows(lambda rows: 10.0 * rows, 12, 59) == 4
     assert choose_rows(lambda rows: 10.0 * rows, 12, 60) == 6
     assert choose_rows(lambda rows: 10.0 * rows, 7, 60) == 1
-    with pytest.raises(UserError, match=r"^model.max_seq_length: one sequence takes 0.00 GB and 0.00 GB are free"):
+    with pytest.raises(UserError, match=r"^model.max_seq_length: one sequence takes 0.00 GB, but only"):
         choose_rows(lambda rows: 10.0 * rows, 12, 9)
 
 
@@ -370,7 +370,7 @@ def test_plan_warns_of_what_the_base_does_not_have(arguments: list[str], capsys:
     said = capsys.readouterr().out
     assert "model.max_seq_length: samples have up to 257 tokens, but the base knows 256 positions" in said
     assert "lora.rank: 33 is more than 32, the full rank of model.layers.0.self_attn.q_proj (64 x 32)" in said
-    assert "and so it is for 4 of 4 adapters" in said
+    assert "as for 4 of 4 adapters" in said
     assert "training.learning_rate=0.0004: high for a run without warm-up" in said
     for steps, is_said in ((10, True), (20, False)):  # a warm-up of 0.3 and of 0.6 steps
         assert train.main([*arguments, "--plan", "training.learning_rate=3e-4", f"training.max_steps={steps}"]) == 0
