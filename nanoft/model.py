@@ -200,11 +200,8 @@ class MLP(nn.Module):
 # What lets positions see each other in a block: its name in files, and how it is made.
 MIXERS: dict[str, tuple[str, Callable[[DecoderConfig, int], nn.Module]]] = {
     "attention": ("self_attn", SelfAttention),
-    "deltanet": (
-        "linear_attn",
-        lambda c, layer: GatedDeltaNet(layer, c.hidden_size, c.delta, c.conv_kernel, c.norm_eps),  # type: ignore
-    ),
-    "short_conv": ("conv", lambda c, layer: ShortConv(layer, c.hidden_size, c.conv_kernel)),
+    "deltanet": ("linear_attn", GatedDeltaNet),
+    "short_conv": ("conv", ShortConv),
 }
 
 

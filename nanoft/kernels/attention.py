@@ -55,7 +55,9 @@ class FastContext(SequenceContext):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def convolve(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
-        return deltanet.convolution(x, weight, None if self.documents is None else self.documents.lengths)
+        if weight.requires_grad:
+            return super().convolve(x, weight, layer)
+        return deltanet.Convolution.apply(x, weight.to(x.dtype), self.documents and self.documents.lengths)
 
 
 def describe(q: Tensor, scores: Scores, packed: bool) -> str:
