@@ -69,7 +69,8 @@ class Objective(Protocol):
         """What answers to prompts are worth, in all and by function; none, where nothing is learned from rewards."""
         return []
 
-    def tokens_per_step(self, batches: Batches) -> float:
+    @classmethod
+    def tokens_per_step(cls, config: Config, batches: Batches) -> float:
         """On average, without padding."""
         return float(batches.samples.lengths.sum() / batches.windows_in_epoch())
 
