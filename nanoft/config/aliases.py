@@ -105,7 +105,7 @@ DATA_FILES = {"json", "jsonl", "csv", "tsv", "parquet"}
 DTYPES = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 DTYPES |= {f"torch.{name}": DTYPES[name] for name in ("float32", "bfloat16", "float16", "half")}
-TRACKERS = ("wandb", "tensorboard", "trackio")  # and the package and extra of each; auto: the first that is installed
+TRACKERS = ("tensorboard", "trackio", "wandb")  # and the package and extra of each
 OPTIMIZERS: dict[str, Any] = {  # whose names differ
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",

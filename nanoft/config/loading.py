@@ -28,6 +28,7 @@ from nanoft.io.untrusted import decode_text, parse_json, parse_yaml, read_bytes
 CONFIGS = Path(nanoft.__file__).parent.parent / "configs"
 ENVIRONMENT_PREFIX = "NANOFT_"
 PATHS = ("model.name", "data.train_file", "data.validation_file", "output.dir")
+NAMING = ("model.name", "data.train_file", "training.objective", "training.method")  # overrides that name a run
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os
 
 
 def run_name(path: str | Path, changes: Mapping[str, str]) -> str:
-    """The name of the config, and a hash of the overrides if there are any: one directory per experiment."""
+    """The config's name; with overrides, also their base, data and method, and a hash of all: one per experiment."""
     kept = sorted(f"{k}={v}" for k, v in changes.items() if not k.startswith(("logging.", "output.")))
     digest = hashlib.sha256("\n".join(kept).encode("utf-8", "surrogateescape")).hexdigest()[:6]
-    return f"{Path(path).stem}-{digest}" if kept else Path(path).stem
+    values = [re.sub(r"\.(jsonl?|csv|tsv|parquet)\b.*", "", Path(changes[k]).name) for k in NAMING if k in changes]
+    words = [re.sub(r"[^A-Za-z0-9._]+", "-", value)[:24].strip("-.") for value in values]
+    return "-".join([Path(path).stem, *filter(None, words), *([digest] if kept else [])])
 
 
 def load_file(path: str | Path, beside: str = "") -> Config:

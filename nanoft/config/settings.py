@@ -252,7 +252,7 @@ class GuardConfig(Section):
 
 @dataclass(frozen=True)
 class OutputConfig(Section):
-    dir: str = ""  # run directory; empty: runs/<config name>, plus a hash of the overrides if there are any
+    dir: str = ""  # run directory; empty: runs/<config name>; overrides add their base, data and method, and a hash
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class LoggingConfig(Section):
     show_example: bool = True  # print one training sample with its target tokens marked
     plots: Literal["none", "end", "epoch", "step"] = "end"  # when to draw the curves; step: every log_steps
     # Trackers besides metrics.jsonl: none, tensorboard, trackio, wandb, or several (wandb,trackio)
-    report_to: str | tuple[str, ...] = "none"  # all: those that are installed; auto: one of them
+    report_to: str | tuple[str, ...] = "none"  # all: those that are installed; auto: one, but not wandb
     gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
 

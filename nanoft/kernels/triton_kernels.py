@@ -11,7 +11,9 @@ TRITON_INTERPRET=1 they run on a CPU, slowly, which is how they are tested where
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -300,29 +302,43 @@ def rotate(
 # --- the check before they are used
 
 
+def with_formulas(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor
+) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Each kernel and its formula in the core: x is (1, q, h, d), cos and sin (1, q, 1, d / 2), the weight (d,)."""
+    dtype, (length, heads, size) = x.dtype, x.shape[1:]
+    config = DecoderConfig(8, size, size, 1, heads, heads, size, 1e-5, (Rope(),), False, (None,), "", qk_norm="head")
+    attn = SelfAttention(config, 0).to(x.device, dtype)
+    for norm in filter(None, (attn.q_norm, attn.k_norm)):
+        norm.weight = nn.Parameter(weight, requires_grad=False)
+    context, packed = (
+        SequenceContext([Rotation(cos, sin)]),
+        Linear4bit(x.detach().view(length, -1), None, "nf4", True, dtype),
+    )
+    pairs: dict[str, Any] = {
+        "4-bit weights": (
+            lambda: unpack_4bit(packed.parts, "nf4", dtype), lambda: unpack_table(packed.parts, "nf4", dtype),
+        ),
+        "RMSNorm": (lambda: rms_norm(x, weight, 1e-5, 1.0), lambda: RMSNorm(size, 1e-5, 1.0).formula(x, weight)),
+        "rotation": (
+            lambda: rotate(x, cos, sin, weight, 1e-5), lambda: attn.heads([x.flatten(2)] * 3, context)[0],
+        ),
+    }  # fmt: skip
+    for kind in ACTIVATIONS:
+        mlp = MLP(replace(config, activation=kind))
+        pairs[kind] = partial(gated, x, x, kind), partial(mlp.activate, x, x)
+    return pairs
+
+
 def first_difference(device: torch.device) -> str:
     """Which of the kernels differs from the core on a few numbers on a device, also if that was edited; "" if none."""
     x = torch.linspace(-3, 3, 4 * 64, device=device).view(1, 4, 1, 64).requires_grad_()
-    w, angles = torch.linspace(0.5, 1.5, 64, device=device), torch.linspace(0, 7, 128, device=device)
+    weight, angles = torch.linspace(0.5, 1.5, 64, device=device), torch.linspace(0, 7, 128, device=device)
     cos, sin = (part.view(1, 4, 1, 32) for part in (angles.cos(), angles.sin()))
-    config = DecoderConfig(8, 64, 64, 1, 1, 1, 64, 1e-5, (Rope(),), False, (None,), "", qk_norm="head")
-    attn, layer = SelfAttention(config, 0).to(device), Linear4bit(x.detach().view(4, 64), None, "nf4", True, x.dtype)
-    for norm in filter(None, (attn.q_norm, attn.k_norm)):
-        norm.weight = nn.Parameter(w, requires_grad=False)
-    pairs = {
-        "4-bit weights": (unpack_4bit(layer.parts, "nf4", x.dtype), unpack_table(layer.parts, "nf4", x.dtype)),
-        "RMSNorm": (rms_norm(x, w, 1e-5, 1.0), RMSNorm(64, 1e-5, 1.0).formula(x, w)),
-        "rotation": (
-            rotate(x, cos, sin, w, 1e-5),
-            attn.heads([x.flatten(2)] * 3, SequenceContext([Rotation(cos, sin)]))[0],
-        ),
-    }
-    for kind in ACTIVATIONS:
-        pairs[kind] = gated(x, x, kind), MLP(replace(config, activation=kind)).activate(x, x)
-    for name, (found, expected) in pairs.items():
-        both = [found, expected]
-        if found.requires_grad:
-            both += [torch.autograd.grad(y, x, y.detach().cos(), retain_graph=True)[0] for y in (found, expected)]
+    for name, functions in with_formulas(x, cos, sin, weight).items():
+        both = [function() for function in functions]
+        if both[0].requires_grad:
+            both += [torch.autograd.grad(y, x, y.detach().cos(), retain_graph=True)[0] for y in both[:2]]
         if any((a - b).abs().max() > 1e-4 for a, b in zip(both[::2], both[1::2], strict=True)):
             return name
     return ""

@@ -35,13 +35,14 @@ def is_installed(package: str) -> bool:
 
 
 def chosen_trackers(report_to: str | tuple[str, ...]) -> list[str]:
-    """Those of logging.report_to, which may be a list as text; all: every one that is installed; auto: one of those."""
+    """The trackers that logging.report_to names; all: every one that is installed; auto: the first, but never W&B."""
     names = parse("logging.report_to", report_to, tuple[str, ...]) if isinstance(report_to, str) else report_to
     known = ("none", "auto", "all", *TRACKERS)
     for name in [name for name in names if name not in known]:
         raise UserError(f"logging.report_to: {name!r:.60} is not a tracker{nearest(name, known)}")
     installed = [name for name in TRACKERS if is_installed(name)]
-    also = installed if "all" in names else installed[:1] if "auto" in names else []
+    local = [name for name in installed if name != "wandb"]
+    also = installed if "all" in names else local[:1] if "auto" in names else []
     return [name for name in TRACKERS if name in (*names, *also)]
 
 

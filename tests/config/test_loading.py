@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -223,6 +224,15 @@ def test_a_run_name_depends_on_what_changes_the_result_only() -> None:
     one, two = {"lora.rank": "8", "system.seed": "1"}, {"system.seed": "1", "lora.rank": "8"}
     assert run_name("b.py", one) == run_name("b.py", two) == run_name("b.py", {**one, "logging.show_example": "true"})
     assert run_name("b.py", one) != run_name("b.py", {"lora.rank": "8"})
+
+
+def test_a_run_name_tells_base_data_and_method() -> None:
+    changes = {"lora.rank": "8", "data.train_file": "~/my chats.jsonl.gz", "model.name": "Qwen/Qwen2.5-3B-Instruct"}
+    name = run_name("auto.py", {**changes, "training.objective": "dpo"})
+    assert re.fullmatch("auto-Qwen2.5-3B-Instruct-my-chats-dpo-[0-9a-f]{6}", name)
+    assert run_name("b.py", {**changes, "data.train_file": "a/my chats.csv"}) != run_name("b.py", changes)
+    odd = run_name("b.py", {"model.name": "..", "data.train_file": "data/*.csv,é\udce9/" + 300 * "x"})
+    assert re.fullmatch("b-x{24}-[0-9a-f]{6}", odd)
 
 
 # --- code that a config may ask for
