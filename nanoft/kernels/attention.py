@@ -69,7 +69,6 @@ def within(scores: Scores, length: int) -> Scores:
     return scores._replace(window=None) if scores.window is not None and scores.window >= length else scores
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # nothing to fuse with it, and its lengths keep changing
 def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents | None = None) -> Tensor:
     """Causal attention of q, (b, q, h, d), to k and v, (b, q, g, d), h a multiple of g: (b, q, h, d)."""
     scores = within(scores, q.shape[1])
