@@ -1,4 +1,4 @@
-"""Inputs that mean harm, each made from a good one: models, tokenizers, adapters, runs, configs; see test_hostile.py.
+"""Hostile inputs, each made from a valid one: models, tokenizers, adapters, runs, configs; see test_hostile.py.
 
 A case is a kind (what it is a case of), a change to a copy of a good one, and what the refusal must say. `run_cases` is
 what a process of its own does with them all, under limits of memory and processor time.
@@ -363,7 +363,7 @@ TOKENIZERS = {
         "tokenizer", part(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "not a valid tokenizer"
     ),
     "doubling": Case(
-        "tokenizer", part(normalizer={"type": "Sequence", "normalizers": [DOUBLE] * 60}), "64 times as long"
+        "tokenizer", part(normalizer={"type": "Sequence", "normalizers": [DOUBLE] * 60}), "64 times longer"
     ),
     "a letter into a book": Case("tokenizer", part(normalizer={**DOUBLE, "content": "b" * 10_000_000}), "64 times"),
     "an expression into a book": Case(
@@ -384,10 +384,10 @@ TOKENIZERS = {
     "settings nested": Case("tokenizer", put(SETTINGS, '{"a":' * 100 + "1" + "}" * 100), "nested too deeply"),
     "settings with code": Case("tokenizer", fields(SETTINGS, auto_map={"AutoTokenizer": ["x.T", None]}), "never runs"),
     "stop token 10^30": Case(
-        "tokenizer", put("generation_config.json", f'{{"eos_token_id": {10**30}}}'), "expected ids"
+        "tokenizer", put("generation_config.json", f'{{"eos_token_id": {10**30}}}'), "expected token ids"
     ),
-    "stop token -1": Case("tokenizer", put("generation_config.json", '{"eos_token_id": [-1]}'), "expected ids"),
-    "stop token true": Case("tokenizer", put("generation_config.json", '{"eos_token_id": true}'), "expected ids"),
+    "stop token -1": Case("tokenizer", put("generation_config.json", '{"eos_token_id": [-1]}'), "expected token ids"),
+    "stop token true": Case("tokenizer", put("generation_config.json", '{"eos_token_id": true}'), "expected token ids"),
     "template linked from elsewhere": Case(
         "tokenizer", both(put(TEMPLATE, "{{ messages }}"), link(TEMPLATE)), "leads out of its directory"
     ),
@@ -513,7 +513,7 @@ RUNS = {
     ),
     "PiSSA that is none": Case("run", pissa, "step-000004|do not fit|has|is"),
     "manifest as a pipe": Case("run", pipe(f"{STEP}/manifest.json"), "manifest.json"),
-    "manifest linked from elsewhere": Case("run", link(f"{STEP}/manifest.json"), "manifest.json|surplus"),
+    "manifest linked from elsewhere": Case("run", link(f"{STEP}/manifest.json"), "manifest.json|unexpected file"),
     "manifest of a gigabyte": Case("run", sparse(f"{STEP}/manifest.json", 1 << 30), "manifest.json"),
     "best nested": Case("run", put("best.json", '{"a":' * 80 + "1" + "}" * 80), "best.json"),
     "best outside": Case("run", put("best.json", '{"checkpoint": "/etc/passwd"}'), "checkpoints/passwd"),
@@ -560,9 +560,9 @@ CONFIGS = {
     "bytes that are none": yaml("model: {name: !!binary '='}", "not valid YAML|model.name"),
     "keys that are lists": yaml("? [a]\n: 1"),
     "a control character": yaml("model: {name: '\x07'}"),
-    "a token": yaml(f"model: {{name: {TOKEN}}}", "model.name: contains an access token"),
-    "a token in a table": yaml(f"data: {{template_args: {{key: {TOKEN}}}}}", "template_args: contains an access token"),
-    "a password": yaml("data: {train_file: 'https://me:secret@x.org/a.jsonl'}", "train_file: contains an access token"),
+    "a token": yaml(f"model: {{name: {TOKEN}}}", "model.name: contains what looks like an access token"),
+    "a token in a table": yaml(f"data: {{template_args: {{key: {TOKEN}}}}}", "template_args: contains what looks"),
+    "a password": yaml("data: {train_file: 'https://me:secret@x.org/a.jsonl'}", "train_file: contains what looks"),
     "JSON nested": Case("config", put("c.json", '{"model":' * 70 + "1" + "}" * 70), "nested too deeply"),
     "JSON of 17 MB": Case("config", put("c.json", '"' + "x" * (17 << 20) + '"'), "larger than"),
     "a pipe": Case("config", pipe("c.yaml"), "no such config file"),
@@ -576,7 +576,7 @@ CONFIGS = {
 
 
 def stolen(directory: Path) -> None:
-    """A companion of the adapter that is a link to somebody's key, which merging would publish."""
+    """A file beside the adapter that is a link to a private key, which merging would publish."""
     key = directory.with_name(f"{directory.name}-key")
     key.write_text(SECRET)
     (directory / "tokenizer.model").symlink_to(key)
@@ -629,7 +629,7 @@ CASES: dict[str, Case] = {
 
 
 def read(kind: str, path: Path, good: Path) -> str:
-    """Read a case as nanoft does; returns what it was refused with, as the terminal shows it."""
+    """Read a case as nanoft does; returns the error as the terminal shows it."""
     from nanoft import UserError
 
     cpu, talk = torch.device("cpu"), [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b"}]

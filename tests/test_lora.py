@@ -1,4 +1,4 @@
-"""LoRA and its variations against PEFT (loss and every gradient), against their formulas, and in float64."""
+"""LoRA and its variants against PEFT (loss and every gradient), against their formulas, and in float64."""
 
 from __future__ import annotations
 
@@ -378,15 +378,15 @@ def test_one_layer_alone(base: Path) -> None:
             "lora.alpha_pattern: 'q_proj' matches no adapter",
         ),
         ({"modules_to_save": ("lm_haed",)}, "lora.modules_to_save: 'lm_haed' matches no module .* lm_head"),
-        ({"trainable_token_indices": {"embed_tokens": [199]}}, "embed_tokens: 199: each must be an id below 199, once"),
-        ({"trainable_token_indices": {"embed_tokens": [1, 1]}}, "embed_tokens: 1: each must be an id below 199, once"),
+        ({"trainable_token_indices": {"embed_tokens": [199]}}, "embed_tokens: 199: ids must be below 199"),
+        ({"trainable_token_indices": {"embed_tokens": [1, 1]}}, "embed_tokens: 1: ids must be below 199"),
         ({"trainable_token_indices": {"q_proj": [1]}}, "trainable_token_indices: q_proj: use embed_tokens and lm_head"),
         (
             {"trainable_token_indices": {"lm_head": [1]}, "modules_to_save": ("lm_head",)},
-            "lora.trainable_token_indices: lm_head is trained already",
+            "lora.trainable_token_indices: lm_head: already trained",
         ),
-        ({"target_modules": ("embed_tokens",), "dora": True}, "model.embed_tokens: an embedding has plain LoRA only"),
-        ({"target_modules": ("embed_tokens",), "freeze_a": True}, "an embedding has plain LoRA only"),
+        ({"target_modules": ("embed_tokens",), "dora": True}, "model.embed_tokens: embeddings take plain LoRA only"),
+        ({"target_modules": ("embed_tokens",), "freeze_a": True}, "embeddings take plain LoRA only"),
         ({"init": "pissa", "rank": 33}, "lora.rank: 33: model.layers.0.self_attn.k_proj has only 32 singular values"),
     ],
 )

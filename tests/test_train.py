@@ -1,4 +1,4 @@
-"""The whole of train.py: exact however a window is split, exact after every interruption, one line for a mistake."""
+"""train.py as a whole: exact for every split of a window and after every interruption, and one line for a mistake."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     capsys.readouterr()
     assert train.main(quick(directory)) == 0
     said = capsys.readouterr().out
-    assert f"{damaged}: its content is not what was saved: going back" in said
+    assert f"{damaged}: its content differs from what was saved: using an earlier checkpoint" in said
     assert "resuming  after step 6 of 8" in said
     assert equal(result(directory), result(whole))
 
@@ -151,7 +151,7 @@ def test_resume_takes_never_and_a_path(tmp_path: Path, capsys: pytest.CaptureFix
     assert train.main(quick(directory)) == 0
     before = result(directory)
     assert train.main([*quick(directory), "--resume", "never"]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     earlier = directory / "checkpoints" / "step-000006"
     assert train.main([*quick(directory), "--resume", str(earlier)]) == 0
     assert "resuming  after step 6 of 8" in capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_resume_takes_never_and_a_path(tmp_path: Path, capsys: pytest.CaptureFix
     assert train.main([*quick(directory), "--resume", str(directory / "checkpoints" / "nothing")]) == 2
     assert "nothing" in one_line(capsys.readouterr().err)
     assert train.main([*quick(tmp_path / "other"), "--resume", str(earlier)]) == 2
-    assert "no checkpoint of this run" in one_line(capsys.readouterr().err)
+    assert "not a checkpoint of this run" in one_line(capsys.readouterr().err)
 
 
 def test_going_back_leaves_the_other_branch_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(
     shutil.rmtree(directory / "checkpoints")
     capsys.readouterr()
     assert train.main(quick(directory, training__max_steps=2)) == 2
-    assert "this run has ended, and its checkpoints are gone" in capsys.readouterr().err
+    assert "this run has ended and has no checkpoints" in capsys.readouterr().err
     assert (directory / "adapter" / "adapter_model.safetensors").read_bytes() == learned
     assert (directory / "report.json").is_file()
 

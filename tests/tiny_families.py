@@ -1,4 +1,4 @@
-"""Random models of every entry of FAMILIES as transformers configures them: what makes each family differ occurs."""
+"""Random models of every entry of FAMILIES, made by transformers, with everything in which families differ."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
 from nanoft.data.sources import HUB, find_files
-from nanoft.io.tables import wrap
+from nanoft.io.tables import for_terminal, wrap
 from nanoft.lora import inject_lora
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
@@ -31,8 +31,10 @@ from nanoft.training.memory_plan import (
     Plan,
     Planner,
     describe_recompute,
+    describe_streaming,
     gflop_per_token,
     plan_warnings,
+    resolve_base_device,
     resolve_micro_batch_size,
     suggest_savings,
 )
@@ -109,6 +111,7 @@ def show_plan(config: Config) -> int:
     files = ModelFiles.find(config.model.reference)
     set_threads(config.system.threads)
     planner = Planner.of(config, machine, files.decoder)
+    planner = replace(planner, config=resolve_base_device(planner))
     config = resolve_micro_batch_size(planner, None)
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
     unit = planner.unit_size  # sequences
@@ -123,6 +126,8 @@ def show_plan(config: Config) -> int:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
         say(name, f"{size / 1e9:9.3f} GB")
+    if config.model.base_device == "host":
+        say("host", describe_streaming(planner))
     say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
     try:
         batches = planned_batches(config, files)
@@ -137,7 +142,7 @@ def show_plan(config: Config) -> int:
     recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
     work = gflop_per_token(planner.decoder, planner.counts, config, int(batch.ids.shape[1]), recomputed)
     say("work", f"{work:9.3g} GFLOP per token")
-    if machine.present and plan.peak <= room:
+    if machine.present and plan.peak <= room and config.model.base_device != "host":  # no copies are tried
         with contextlib.suppress(UserError):  # a setting names a block that is not tried
             per_token, update = measure_speed(planner, files, plan, batch)
             own = tokens / config.system.ranks
@@ -148,12 +153,12 @@ def show_plan(config: Config) -> int:
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
     say("micro-batch", f"{most} sequences of {length} tokens fit, with every block recomputed")
     for warning in plan_warnings(planner, files, length, None):
-        print(f"warning: {warning}")
+        print(for_terminal(f"warning: {warning}"))
     if plan.peak > room:
         fewer = "training.micro_batch_size=auto, or lower model.max_seq_length"
         fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
         raise UserError(
             f"training.micro_batch_size: {config.micro_batch_rows()} sequences of {length} tokens take "
-            f"{plan.peak / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available: {fix}"
+            f"{plan.peak / 1e9:.2f} GB, but only {room / 1e9:.2f} GB are available: {fix}"
         )
     return 0

@@ -1,4 +1,4 @@
-"""Saved modules, rows of tokens, adapters of embedding and head: one step against PEFT's, files both ways, merged."""
+"""Saved modules, rows of tokens, adapters of embedding and head: one step against PEFT's, files both ways, merging."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def theirs_of(base: Path, out: Path, **settings: Any) -> PeftModel:
-    """An adapter that PEFT made, moved off its start and saved; opened again for training."""
+    """An adapter made by PEFT, with random values, saved and opened again for training."""
     reference = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     model = get_peft_model(reference, LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(5)
@@ -94,7 +94,7 @@ def squares(parameters: Any) -> dict[tuple[int, ...], float]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_and_the_files_are_pefts(name: str, base: Path, tmp_path: Path) -> None:
     if (name, base.name) == ("rows of both", "llama-tied"):
-        pytest.skip("a tied head has no rows of its own")
+        pytest.skip("a tied head has no separate rows")
     theirs = theirs_of(base, tmp_path / "theirs", **CASES[name])
     expected = theirs(input_ids=IDS, labels=IDS).loss
     expected.backward()
@@ -152,7 +152,7 @@ def test_a_tensor_that_has_two_names_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, **{n.replace(".lora_A.", ".lora_A.other."): t + 1 for n, t in tensors.items()}}, path)
-    with pytest.raises(UserError, match=r"a second tensor for .*lora_A.weight: save one adapter alone"):
+    with pytest.raises(UserError, match=r"a second tensor for .*lora_A.weight: save a single adapter"):
         read_adapter(tmp_path / "adapter")
 
 
@@ -180,7 +180,7 @@ def test_a_vocabulary_that_was_resized_for_the_adapter_is_resized_here(tmp_path:
     ("settings", "change", "message"),
     [
         ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["score"]}, "modules_to_save: 'score' has no tensors"),
-        ({"target_modules": ["embed_tokens"]}, {}, r"embed_tokens.base_layer.weight is not the base's: merge it"),
+        ({"target_modules": ["embed_tokens"]}, {}, r"embed_tokens.base_layer.weight differs from the base: merge it"),
         ({}, {"ensure_weight_tying": True}, "ensure_weight_tying: True is not supported"),
         ({"trainable_token_indices": [3]}, {"trainable_token_indices": [3, 4]}, r"trainable_tokens_delta is \(1, 32\)"),
         ({"trainable_token_indices": [3]}, {"trainable_token_indices": [10**9]}, "trainable_token_indices: 1000000000"),

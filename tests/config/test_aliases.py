@@ -1,4 +1,4 @@
-"""Hugging Face's names: each means what it means there, or is refused."""
+"""Hugging Face's names: each has its original meaning or is refused."""
 
 from __future__ import annotations
 
@@ -231,42 +231,42 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
         ({"num_train_epochs": 0}, "num_train_epochs: training.num_epochs: 0 is out of range"),
         ({"learning_rate": "fast"}, "learning_rate: training.learning_rate: 'fast' is not a finite number"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16: set model.dtype to bfloat16 and to float16: remove one"),
-        ({"fp16": "yes"}, "fp16: 'yes' is none of True, False"),
-        ({"torch_dtype": "float8"}, "torch_dtype: 'float8' is none of auto, float32, bfloat16, float16"),
+        ({"fp16": "yes"}, "fp16: 'yes' is not one of True, False"),
+        ({"torch_dtype": "float8"}, "torch_dtype: 'float8' is not one of auto, float32, bfloat16, float16"),
         ({"fp16": True, "torch_dtype": "bfloat16"}, "fp16 and torch_dtype: set model.dtype to float16 and to bfloat16"),
         ({"bf16": True, "torch_dtype": "float32"}, "bf16 and torch_dtype: set model.dtype to bfloat16 and to float32"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit: set quantization.bits to 4"),
         ({"optim": 1}, "optim: training.optimizer: 1 is not a string"),
-        ({"optim": {"training.learning_rate": 1}}, "optim: {'training.learning_rate': 1} is none of adamw_torch"),
-        ({"lr_scheduler_type": ["cosine", "linear"]}, "lr_scheduler_type: ['cosine', 'linear'] is none of "),
+        ({"optim": {"training.learning_rate": 1}}, "optim: {'training.learning_rate': 1} is not one of adamw_torch"),
+        ({"lr_scheduler_type": ["cosine", "linear"]}, "lr_scheduler_type: ['cosine', 'linear'] is not one of "),
         (
             {"eval_steps": {"training.learning_rate": 1}},
             "eval_steps: training.eval_steps: {'training.learning_rate': 1}",
         ),
         ({"lr_scheduler_type": "constant", "warmup_steps": 9}, "lr_scheduler_type and warmup_steps: set training."),
-        ({"eval_strategy": "often"}, "eval_strategy: 'often' is none of steps, no, epoch: set eval_steps"),
-        ({"save_strategy": "often"}, "save_strategy: 'often' is none of steps, no, epoch, best: set save_steps"),
+        ({"eval_strategy": "often"}, "eval_strategy: 'often' is not one of steps, no, epoch: set eval_steps"),
+        ({"save_strategy": "often"}, "save_strategy: 'often' is not one of steps, no, epoch, best: set save_steps"),
         ({"eval_steps": 1.5}, "training.eval_steps: 1.5: set a number of steps, a fraction of the run below 1, or"),
-        ({"log_level": "trace"}, "log_level: 'trace' is none of debug, info, warning, error"),
+        ({"log_level": "trace"}, "log_level: 'trace' is not one of debug, info, warning, error"),
         ({"eval_strategy": "no", "eval_steps": 9}, "eval_strategy and eval_steps: set training.eval_steps to 0 and"),
-        ({"rl": "ppo"}, "rl: 'ppo' is none of dpo, kto, orpo, simpo, grpo, ipo"),
-        ({"loss_type": "hinge"}, "loss_type: 'hinge' is none of sigmoid, robust, ipo, dpo, kto, orpo, simpo, grpo"),
-        ({"rl": "grpo", "loss_type": "bnpo"}, "loss_type: 'bnpo' is none of sigmoid"),
-        ({"rl": "grpo", "scale_rewards": "batch"}, "scale_rewards: 'batch' is none of True, False, group, none"),
-        ({"rl": "grpo", "use_bias_correction_kl": False}, "use_bias_correction_kl: False is none of True: remove it"),
+        ({"rl": "ppo"}, "rl: 'ppo' is not one of dpo, kto, orpo, simpo, grpo, ipo"),
+        ({"loss_type": "hinge"}, "loss_type: 'hinge' is not one of sigmoid, robust, ipo, dpo, kto, orpo, simpo, grpo"),
+        ({"rl": "grpo", "loss_type": "bnpo"}, "loss_type: 'bnpo' is not one of sigmoid"),
+        ({"rl": "grpo", "scale_rewards": "batch"}, "scale_rewards: 'batch' is not one of True, False, group, none"),
+        ({"rl": "grpo", "use_bias_correction_kl": False}, "use_bias_correction_kl: False is not one of True: remove"),
         ({"rl": "grpo", "importance_sampling_level": "word"}, "importance_sampling_level: rl.ratio: 'word' is not one"),
         (
             {"num_generations": 6, "gradient_accumulation_steps": 2},
-            "gradient_accumulation_steps: 2 x per_device_train_batch_size=4 answers are no multiple of num_generations",
+            "gradient_accumulation_steps: 2 x per_device_train_batch_size=4 is not a multiple of num_generations",
         ),
         (
             {"rl": "grpo", "gradient_accumulation_steps": "many"},
-            "gradient_accumulation_steps: 'many' x per_device_train_batch_size=4 answers",
+            "gradient_accumulation_steps: 'many' x per_device_train_batch_size=4 is not",
         ),
-        ({"report_to": "mlflow"}, "report_to: 'mlflow' is none of none, tensorboard, trackio, wandb: choose any"),
-        ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is none of none, tensorboard, trackio"),
-        ({"deepspeed": {"stage": 3}}, "deepspeed: {'stage': 3} is none of"),
-        ({"push_to_hub": True}, "push_to_hub: True is none of False: remove it: nothing is uploaded"),
+        ({"report_to": "mlflow"}, "report_to: 'mlflow' is not one of none, tensorboard, trackio, wandb: choose one"),
+        ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is not one of none, tensorboard, trackio"),
+        ({"deepspeed": {"stage": 3}}, "deepspeed: {'stage': 3} is not one of"),
+        ({"push_to_hub": True}, "push_to_hub: True is not one of False: remove it: nothing is uploaded"),
         ({"trust_remote_code": True}, "remove it: code that comes with a model is never run"),
         ({"use_peft": False, "use_4bit": True}, "quantization.bits: 4 needs a frozen base"),
     ],
@@ -308,7 +308,7 @@ NOT_THERE = {"inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosi
 
 @pytest.mark.parametrize("name", sorted(item.value for item in SchedulerType))
 def test_a_schedule_has_the_rates_of_transformers(name: str, tmp_path: Path) -> None:
-    """Warm-up begins at 0 there and one step further here: compared from its end on."""
+    """transformers' warm-up begins at 0, nanoft's one step later: compared from the end of the warm-up."""
     if name in NOT_THERE:
         with pytest.raises(UserError, match=f"training.lr_scheduler: '{name}' is not known"):
             validate_config(flat_config(tmp_path, lr_scheduler_type=name))
@@ -328,7 +328,7 @@ def test_a_schedule_has_the_rates_of_transformers(name: str, tmp_path: Path) -> 
 
 
 def test_the_trainer_has_the_names_that_are_said_to_be_its_own() -> None:
-    """Of every setting of training there is one name that transformers, or PEFT's LoRA+, knows."""
+    """Every training setting has a name that transformers, or PEFT's LoRA+, knows."""
     known = {item.name for item in dataclasses.fields(TrainingArguments)} | {"loraplus_lr_ratio", "warmup_ratio"}
     known |= {"early_stopping_patience", "early_stopping_threshold"}  # of its callback
     same = {field: field.partition(".")[2] for field in SAME_NAME.split()}

@@ -35,7 +35,7 @@ def build(chat: ChatTokenizer, path: Path, records: list[Any], **changes: Any) -
 
 
 def ids_of(chat: ChatTokenizer, rendered: str) -> list[int]:
-    """What the tokenizers library makes of a text with control tokens."""
+    """The ids that the tokenizers library gives for a text with control tokens."""
     return chat.tokenizer.encode(rendered, add_special_tokens=False).ids
 
 
@@ -137,7 +137,7 @@ def test_the_end_of_an_answer_is_there_once(chats: dict[tuple[str, str], ChatTok
 def test_a_text_that_was_rendered_is_not_rendered_again(chats: dict[tuple[str, str], ChatTokenizer]) -> None:
     asked = {"role": "user", "content": "<s>[INST] a [/INST]"}
     with pytest.raises(
-        TemplateRefusal, match=r"^a message has <s>, which the chat template writes: set data\.format=raw"
+        TemplateRefusal, match=r"^a message contains <s>, which the chat template writes: set data\.format=raw"
     ):
         chats["mistral", "parse"].render_samples([asked, {"role": "assistant", "content": "b"}], 0)
 

@@ -1,4 +1,4 @@
-"""Which files are read, and what comes of files and records that are not what they should be."""
+"""Which files are read, and what happens to files and records that are not what they should be."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOOD = b'{"prompt": "Q", "completion": "A"}'
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Nothing may hang."""
+    """A time limit, so that nothing can hang."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds} s")
@@ -99,8 +99,8 @@ def test_files_are_found(tree: Path, spec: str) -> None:
 
 
 NOT_FOUND = {
-    "": "is empty",
-    "  ": "is empty",
+    "": "empty: give",
+    "  ": "empty: give",
     "nothing.json": "nothing.json: no such file",
     "a.json,,b.jsonl": "no such file",
     "a.json,nothing": "nothing: no such file",
@@ -240,19 +240,19 @@ SPLITS: dict[str, tuple[str, str | list[str], str | list[str]]] = {
     "folders": ("train/0000.parquet train/0001.parquet test/0000.parquet",
                 ["train/0000.parquet", "train/0001.parquet"], ["test/0000.parquet"]),
     "configurations": ("main/train.jsonl main/test.jsonl socratic/train.jsonl socratic/test.jsonl",
-                       "has 2 splits that could be meant (main/train.jsonl, socratic/train.jsonl): name one: ",
-                       "has 2 splits that could be meant (main/test.jsonl, socratic/test.jsonl): name one: "),
+                       "has 2 candidate splits (main/train.jsonl, socratic/train.jsonl): name one, such as ",
+                       "has 2 candidate splits (main/test.jsonl, socratic/test.jsonl): name one, such as "),
     "sharded configurations": ("a/train-00000-of-00002.jsonl a/train-00001-of-00002.jsonl b/train-00000-of-00001.jsonl",
-                               "has 2 splits that could be meant (a/train, b/train-00000-of-00001.jsonl): name one: ",
-                               "has 2 splits that could be meant (a/train, b/train-00000-of-00001.jsonl): name one: "),
+                               "has 2 candidate splits (a/train, b/train-00000-of-00001.jsonl): name one, such as ",
+                               "has 2 candidate splits (a/train, b/train-00000-of-00001.jsonl): name one, such as "),
     "kinds": ("data/train_sft-00000-of-00001.parquet data/train_gen-00000-of-00001.parquet data/test_sft.parquet",
-              "(data/train_gen-00000-of-00001.parquet, data/train_sft-00000-of-00001.parquet): name one: ",
+              "(data/train_gen-00000-of-00001.parquet, data/train_sft-00000-of-00001.parquet): name one, such as ",
               ["data/test_sft.parquet"]),
     "the same twice": ("train.jsonl train.parquet", "(train.jsonl, train.parquet)", "(train.jsonl, train.parquet)"),
     "no split": ("a.jsonl b/c.jsonl", ["a.jsonl", "b/c.jsonl"], ["a.jsonl", "b/c.jsonl"]),
     "one without a name": ("chats.jsonl more.jsonl valid.jsonl", ["chats.jsonl", "more.jsonl"], ["valid.jsonl"]),
     "held out alone": ("val.jsonl", ["val.jsonl"], ["val.jsonl"]),
-    "held out twice": ("test.jsonl val.jsonl", "has 2 splits that could be meant (test.jsonl, val.j", ["val.jsonl"]),
+    "held out twice": ("test.jsonl val.jsonl", "has 2 candidate splits (test.jsonl, val.j", ["val.jsonl"]),
     "other words": ("testimony.jsonl constrained.jsonl", ["constrained.jsonl", "testimony.jsonl"],
                     ["constrained.jsonl", "testimony.jsonl"]),
     "upper case": ("TRAIN.jsonl TestSet.jsonl", ["TRAIN.jsonl"], ["TestSet.jsonl"]),
@@ -271,7 +271,7 @@ def test_a_directory_means_one_split(tmp_path: Path, name: str, field: str) -> N
         with pytest.raises(UserError, match=re.escape(wanted)) as raised:
             find_files(str(tmp_path), field)
         assert str(raised.value).startswith(f"{field}: {tmp_path}: has ")
-        place = str(raised.value).rpartition("name one: ")[2]
+        place = str(raised.value).rpartition("name one, such as ")[2]
         assert find_files(place, field)[0]  # what it says to name
         return
     (found,) = find_files(f"{tmp_path}/", field, said.append)
@@ -294,8 +294,8 @@ def test_the_shards_of_a_split_are_found_by_its_name(tmp_path: Path) -> None:
 def test_a_hub_dataset_with_several_configurations_is_not_guessed(hub: type[Hub]) -> None:
     with pytest.raises(UserError) as raised:
         find_files("hf://datasets/some/data")
-    what = "has 3 splits that could be meant (main/train.jsonl, socratic/train, train_all/train.tsv)"
-    fix = "name one: hf://datasets/some/data/main/train.jsonl"
+    what = "has 3 candidate splits (main/train.jsonl, socratic/train, train_all/train.tsv)"
+    fix = "name one, such as hf://datasets/some/data/main/train.jsonl"
     assert str(raised.value) == f"data.train_file: hf://datasets/some/data: {what}: {fix}"
 
 
@@ -306,7 +306,7 @@ def test_what_save_to_disk_wrote_is_named_with_the_command_that_converts_it(tmp_
         (tmp_path / "saved" / name).write_text("{}")
     with pytest.raises(UserError) as raised:
         find_files(str(tmp_path / place))
-    assert "was written by save_to_disk of datasets: convert it: python -c" in str(raised.value)
+    assert "written by save_to_disk of datasets: convert it: python -c" in str(raised.value)
     assert f"load_from_disk('{tmp_path}/saved')['train'].to_json('data.jsonl')" in str(raised.value)
 
 
@@ -322,7 +322,7 @@ def array(*parts: bytes) -> bytes:
 
 
 def answer(value: bytes) -> bytes:
-    """A record whose completion is the value, as it stands."""
+    """A record whose completion is exactly the value."""
     return b'{"prompt": "Q", "completion": ' + value + b"}"
 
 
@@ -354,7 +354,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "zero.jsonl.gz": (b"", ONE_RECORD_NEEDED),
     "blank.jsonl": (b"\xef\xbb\xbf \n\r\n\t\n", ONE_RECORD_NEEDED),
     "blank.json": (b" \n" * 1000, ONE_RECORD_NEEDED),
-    "blank.csv": (b"\n\n\n", ":1: the header has []"),
+    "blank.csv": (b"\n\n\n", ":1: the header is []"),
     "bom.jsonl": (b"\xef\xbb\xbf" + lines(GOOD), (1,)),
     "bom.json": (b"\xef\xbb\xbf" + array(GOOD), (1,)),
     "bom.csv": (b"\xef\xbb\xbf" + HEAD + b"Q,A\n", (1,)),
@@ -430,7 +430,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "object with an array.json": (b'{"version": 1, "data": ' + array(GOOD, GOOD) + b"}", (2,)),
     "object with two arrays.json": (
         b'{"train": [%s], "test": [%s]}' % (GOOD, GOOD),
-        "found 2 arrays: 'train, test': write one of them to a file of its own: jq -c '.train[]' FILE",
+        "found 2 arrays: 'train, test': write one of them to its own file: jq -c '.train[]' FILE",
     ),
     "object with an empty array.json": (b'{"data": []}', ONE_RECORD_NEEDED),
     "object with an array of texts.json": (b'{"data": ["a", "b"]}', "found a table by columns (data)"),
@@ -471,7 +471,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "array.jsonl": (array(GOOD, GOOD).replace(b"\n", b"") + b"\n", (2,)),
     "pretty array.jsonl": (json.dumps([json.loads(GOOD)], indent=1).encode(), (1,)),
     "array over lines.jsonl": (array(GOOD, GOOD), (2,)),
-    "arrays on lines.jsonl": (lines(b"[" + GOOD + b"]", b"[" + GOOD + b"]"), "no fields: it is a list"),
+    "arrays on lines.jsonl": (lines(b"[" + GOOD + b"]", b"[" + GOOD + b"]"), "no fields, but is a list"),
     "number.json": (b"42", "expected an array of records, or an object with one: found int"),
     "string.json": (b'"hello"', "found str"),
     "null.json": (b"null", "found NoneType"),
@@ -530,9 +530,9 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
         (
             1,
             "completion is not a list of turns",
-            *(f"completion: a turn is {value}: it needs" for value in ('"A"', '["A"]')),
+            *(f"completion: a turn needs a role and content, found {value}" for value in ('"A"', '["A"]')),
             "completion: a turn has no role: its fields are text",
-            "completion: a turn is 5: it needs",
+            "completion: a turn needs a role and content, found 5",
         ),
     ),
     "deep.jsonl": (
@@ -541,7 +541,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
             *(answer(b"[" * n + b"]" * n) for n in (100, 5_000, 100_000)),
             *(answer(b'{"a":' * n + b"1" + b"}" * n) for n in (100, 100_000)),
         ),
-        (1, "a turn is [[[", "nested too deeply", "nested too deeply", "a turn has no role", "nested too deeply"),
+        (1, "content, found [[[", "nested too deeply", "nested too deeply", "a turn has no role", "nested too deeply"),
     ),
     "duplicate keys.jsonl": (lines(b'{"prompt": 5, "prompt": "Q", "completion": "A"}'), (1,)),
     "other fields.jsonl": (
@@ -601,7 +601,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
             "messages is not a list of turns",
             "no assistant message",
             "the first message is from the assistant",
-            *["it needs a role and content"] * 4,
+            *["a turn needs a role and content"] * 4,
             "a turn has no role: its fields are ",
             "a turn has no content: its fields are role",
             "a turn has no role: its fields are content",
@@ -625,15 +625,15 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "unclosed quote.csv": (HEAD + b'Q,A\n"Q,A\nQ,A\n', ":3: the quote opened here is never closed"),
     "unclosed header.csv": (b'prompt,"completion\nQ,A\n', ":1: the header is not valid CSV"),
     "stray quote.csv": (HEAD + b'Q,A\n"Q"x,A\nQ,A"B\n', (2, "not valid CSV")),
-    "duplicate header.csv": (b"prompt,completion,prompt\nQ,A,Q\n", ":1: the header has ['prompt'"),
+    "duplicate header.csv": (b"prompt,completion,prompt\nQ,A,Q\n", ":1: the header is ['prompt'"),
     "index without a name.csv": (b",prompt,completion\n0,Q,A\n", (1,)),
-    "two empty names.csv": (b",,prompt,completion\n0,0,Q,A\n", ":1: the header has ['index', '', 'prompt'"),
-    "blank header.csv": (b"prompt,completion, \nQ,A,B\n", ":1: the header has"),
+    "two empty names.csv": (b",,prompt,completion\n0,0,Q,A\n", ":1: the header is ['index', '', 'prompt'"),
+    "blank header.csv": (b"prompt,completion, \nQ,A,B\n", ":1: the header is"),
     "no header.csv": (b"Q,A\nQ,B\n", "unknown shape: its first record has the fields Q, A"),
     "nul.csv": (HEAD + b"Q,A\nQ,A\0B\nQ,A\n", (3,)),
     "spaces.csv": (b'prompt, completion\n"Q, please", "A, sir"\n', (1,)),
     "blank rows.csv": (HEAD + b"\nQ,A\n,,\n,\nQ,A\n", (2,)),
-    "backslash.csv": (HEAD + b'Q,A\n"Say \\"x\\"",A\n', (1, 'a quote within quotes is written twice: ""')),
+    "backslash.csv": (HEAD + b'Q,A\n"Say \\"x\\"",A\n', (1, 'a quote within quotes must be doubled: ""')),
     "latin-1.csv": (HEAD + "Q,A\nQ,café\nQ,A\n".encode("latin-1"), (2, f"completion: {HALF}")),
     "latin-1 header.csv": (b"prompt,completion,caf\xe9\nQ,A,B\n", (1,)),
     "latin-1 header unknown.csv": (b"caf\xe9,b\nQ,A\n", r"the fields caf\udce9, b"),

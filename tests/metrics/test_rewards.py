@@ -1,4 +1,4 @@
-"""Rewards: metrics and functions of the user's own, hostile ones too, as numbers or as NaN with one line."""
+"""Rewards: metrics and user functions, hostile ones too, give a number, or NaN and one line."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def answered(answer: str, number: int = 3, **record: Any) -> Answered:
 
 
 def rewards(*names: str, weights: tuple[float, ...] = (), timeout: float = 5.0) -> tuple[Rewards, list[str]]:
-    """The functions, and what they say."""
+    """The reward functions, and their messages."""
     said: list[str] = []
     config = Config().override({"rl.reward": names, "rl.reward_weights": weights, "rl.reward_timeout": timeout})
     return Rewards(config.rl, said.append), said
@@ -235,7 +235,7 @@ def test_without_sigalrm_in_a_thread_it_says_so_once_and_still_works() -> None:
     thread.join()
     assert result[0] == [[1.0, 1.0]]
     (line,) = result[1]
-    assert line.startswith("warning: rl.reward_timeout: has no effect here")
+    assert line.startswith("warning: rl.reward_timeout: no effect here")
     assert rewards("exact_match")[1] == []
 
 
@@ -263,7 +263,7 @@ def test_a_name_that_is_none_is_one_line(name: str, fragments: list[str]) -> Non
 
 def test_a_file_of_data_may_not_name_a_function(own: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"rl:\n  reward: ['exact_match', '{own}:right']\n")
-    with pytest.raises(UserError, match=f"rl.reward: {own}:right: would run code, which only a Python config may"):
+    with pytest.raises(UserError, match=f"rl.reward: {own}:right: a data file must not name code to run"):
         load_config(tmp_path / "run.yaml", [], {})
     (tmp_path / "run.yaml").write_text("rl:\n  reward: ['exact_match']\n")
     assert load_config(tmp_path / "run.yaml", [f"rl.reward={own}:right"], {}).rl.reward == (f"{own}:right",)

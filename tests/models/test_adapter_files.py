@@ -1,4 +1,4 @@
-"""Adapter files: ours load in PEFT, PEFT's load here, with the same logits; PiSSA's conversion; what is refused."""
+"""Adapter files: nanoft's load in PEFT and PEFT's here, with the same logits; PiSSA's conversion; what is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def logits(model: Any) -> Tensor:
 
 
 def trained(base: Path, lora: LoRAConfig = PLAIN) -> tuple[Decoder, dict[str, LoRALinear]]:
-    """An adapter that says something."""
+    """An adapter that changes the logits."""
     model, adapters = adapted(base, lora)
     randomize(adapters)
     return model.eval(), adapters
@@ -155,7 +155,7 @@ def test_twice_the_rank_has_the_same_scaling(rslora: bool, base: Path) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_checkpoint_brings_every_bit_back(name: str, base: Path) -> None:
-    """On whatever the model was before, also if a decomposition came out differently."""
+    """Whatever the model's state was before, also if a decomposition gave another result."""
     model, adapters = trained(base, variant(name))
     tensors = {key: tensor.clone() for key, tensor in adapter_tensors(adapters).items()}
     other, others = trained(base, variant(name))
@@ -289,7 +289,7 @@ def test_a_part_that_is_none_is_refused(base: Path) -> None:
 
 def test_mlx_has_no_place_for_biases(base: Path, tmp_path: Path) -> None:
     model, adapters = trained(base, variant("bias"))
-    with pytest.raises(UserError, match=r"--format mlx: mlx-lm has no trained biases"):
+    with pytest.raises(UserError, match=r"--format mlx: mlx-lm adapters cannot store the trained bias of"):
         save_mlx(tmp_path, adapters, variant("bias"), model.config, "some/base")
     assert list(tmp_path.iterdir()) == []
 
@@ -392,9 +392,9 @@ def drop_tensors(path: Path, pattern: str) -> None:
         (lambda p: (p / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
         (lambda p: (p / "adapter_config.json").write_text("{"), "not valid JSON"),
         (lambda p: (p / "adapter_model.safetensors").write_bytes(b"\0" * 50), "corrupted"),
-        (lambda p: drop_tensors(p, "q_proj.lora_A"), "lacks lora_A or lora_B"),
-        (lambda p: drop_tensors(p, "layers.1.self_attn.q_proj.lora_B"), "lacks lora_A or lora_B"),
-        (lambda p: drop_tensors(p, "."), "lacks lora_A or lora_B"),
+        (lambda p: drop_tensors(p, "q_proj.lora_A"), "has no lora_A or no lora_B"),
+        (lambda p: drop_tensors(p, "layers.1.self_attn.q_proj.lora_B"), "has no lora_A or no lora_B"),
+        (lambda p: drop_tensors(p, "."), "has no lora_A or no lora_B"),
     ],
 )
 def test_an_adapter_that_is_not_understood_is_refused(base: Path, tmp_path: Path, damage: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""GPT-2 and GPT-NeoX as people have them: older files, adapters made by PEFT, learned positions that end."""
+"""GPT-2 and GPT-NeoX in the wild: older files, adapters made by PEFT, a limited number of learned positions."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_the_rope_of_ministral3_must_be_given() -> None:
 
 @pytest.fixture(scope="module")
 def adapted(wrapper: Path) -> tuple[Path, Tensor]:
-    """The adapter of a run and what it says."""
+    """The adapter of a run, and its logits."""
     return wrapper / "run" / "adapter", ours(open_model(str(wrapper / "run"), CPU, torch.float32).model)
 
 
@@ -399,7 +399,7 @@ def test_fp8_equals_transformers(plain: Path, tmp_path: Path) -> None:
             r"config\.json: quantization_config: weight_block_size: \[0, 128\] is not two",
         ),
         ({"weight_block_size": [16, 16]}, r"weight_scale_inv is \(2, 3\) instead of \(4, 4\)"),
-        ({"quant_method": "awq"}, "only that of bitsandbytes and FP8 are supported"),
+        ({"quant_method": "awq"}, "only bitsandbytes and FP8 are supported"),
     ],
 )
 def test_what_does_not_fit_is_refused(plain: Path, change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an objective need not say: the members that the loop asks for and most leave as they are."""
+"""Defaults of an objective: the members that the loop uses and most objectives do not override."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nanoft.objectives.objective import Objective
 
 
 class Least(Objective):
-    """Only what each has to say."""
+    """An objective with the required members only."""
 
     unit, learns = "samples", "turns"
 

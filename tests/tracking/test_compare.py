@@ -1,4 +1,4 @@
-"""Runs seen from outside: beside one another, and while they go on."""
+"""Comparing runs, and following one while it trains."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_one_plot_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "message"),
     [
         ([], "error: the following arguments are required: RUN"),
-        (["nowhere"], "error: nowhere: not a run that has started"),
+        (["nowhere"], "error: nowhere: has no metrics.jsonl"),
         (["--follow", "a", "b"], "error: --follow: shows one run"),
         (["--follow", __file__], f"error: --follow: {__file__}: not a directory"),
     ],
@@ -172,7 +172,7 @@ def test_following_a_run_that_nobody_works_on_ends(tmp_path: Path, capsys: pytes
         assert thread.is_alive()  # somebody does
     thread.join(10)
     assert not thread.is_alive()
-    assert "stopped before it was done" in capsys.readouterr().out
+    assert "stopped before its end" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])

@@ -1,4 +1,4 @@
-"""What train.py does when a step, an evaluation or a save goes wrong: nothing is lost, and the result is the same."""
+"""Recovery of train.py from a failed step, evaluation or save: nothing is lost, and the result is the same."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_going_back_and_resumed_equals_going_back(tmp_path: Path, monkeypatch: P
 
 
 def far_too_high(_: int, real: Any, *args: Any) -> float:
-    """A learning rate that no config may set; at least 1e29, so that it diverges at once."""
+    """A learning rate that no config may set, at least 1e29, so that the run diverges at once."""
     return float(1e30 * real(*args))
 
 
@@ -96,8 +96,8 @@ def test_what_rollbacks_do_not_help_ends_with_3_and_a_diagnosis(
     changes = {"training__learning_rate": 1.0, "training__max_steps": 20, "guard__max_rollbacks": allowed}
     assert train.main(quick(tmp_path / "run", **changes, guard__rollback_rate=1.0)) == 3
     captured = capsys.readouterr()
-    assert captured.err.startswith("failed: 5 windows in a row could not be used after step")
-    assert f"{allowed} rollbacks did not help: the " in captured.err
+    assert captured.err.startswith("failed: 5 consecutive windows failed after step")
+    assert f"even after {allowed} rollbacks: the " in captured.err
     assert "lower training.learning_rate (1)" in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out.count("warning: rolled back from step") == allowed
@@ -108,7 +108,7 @@ def test_no_rollback_may_be_allowed(tmp_path: Path, monkeypatch: Patch, capsys: 
     in_the_loop(monkeypatch, "accumulate", nan_in(3, 4))
     assert train.main(quick(tmp_path / "run", guard__max_skips=2, guard__max_rollbacks=0)) == 3
     captured = capsys.readouterr()
-    assert captured.err.startswith("failed: 2 windows in a row could not be used after step 2, and 0 rollbacks did not")
+    assert captured.err.startswith("failed: 2 consecutive windows failed after step 2, even after 0 rollbacks")
     assert "rolled back" not in captured.out
 
 
@@ -324,7 +324,7 @@ def test_going_back_with_nothing_to_go_back_to_ends_with_3(tmp_path: Path, monke
     refuse_saves(monkeypatch, 0)
     in_the_loop(monkeypatch, "accumulate", nan_in(1, 2))
     assert train.main(quick(tmp_path / "run", guard__max_skips=2)) == 3
-    assert "no checkpoint could be saved before" in capsys.readouterr().err
+    assert "there is no earlier checkpoint" in capsys.readouterr().err
 
 
 # --- memory is watched
@@ -381,7 +381,7 @@ def test_on_cuda_memory_that_really_runs_out_halves_the_micro_batch(tmp_path: Pa
 
 
 def test_the_clauses_of_the_ladder_are_those_of_recovery() -> None:
-    """OutOfMemory, SkipStep and RollBack are no errors that a command reports; Diverged is."""
+    """OutOfMemory, SkipStep and RollBack are not errors that a command reports; Diverged is."""
     assert issubclass(recovery.RollBack, recovery.SkipStep)
     assert issubclass(recovery.Diverged, TrainingFailed)
     assert not issubclass(recovery.SkipStep, (TrainingFailed, UserError))
