@@ -84,7 +84,6 @@ def within(scores: Scores, length: int) -> Scores:
     return scores._replace(window=None) if scores.window is not None and scores.window >= length else scores
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # nothing to fuse with it, and its lengths keep changing
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents | None = None, sinks: Tensor | None = None
 ) -> Tensor:
