@@ -27,8 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
+from nanoft.blocks.deltanet import DeltaNetSizes, GatedDeltaNet
+from nanoft.blocks.moe import Experts, Routing
 from nanoft.blocks.norms import NORM_KINDS, RMSNorm
 from nanoft.blocks.rope import Rope, document_lengths
+from nanoft.blocks.short_conv import ShortConv
 from nanoft.blocks.trained import Adapter
 from nanoft.recompute import ActivationPolicy, run_block
 
@@ -55,19 +58,26 @@ class DecoderConfig:
     mlp_bias: bool = False
     qkv: str = "separate"  # linears; rows of one: q, then k, then v, "fused" (Phi-3), or so in each head, "interleaved"
     mlp: str = "gated"  # of MLP_INPUTS
+    routing: Routing | None = None  # of layers with experts
     activation: str = "silu"  # of ACTIVATIONS
+    mlp_limit: float | None = None  # c: g sigmoid(1.702 g) (1 + clamp(up, -c, c)), g = min(gate, c) (gpt-oss)
     norm: str = "rms"  # of NORM_KINDS
     norms: str = "input"  # of NORMS: of what a block computes with, or of what it adds to x, or both
     parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)): both halves see the same x (GPT-NeoX)
     norm_offset: float = 0.0  # norms multiply by offset + weight (Gemma: 1)
     qk_norm: str = ""  # norm of queries and keys: over each "head" (Qwen3), over all heads, the "width" (OLMo 2)
+    gated_attention: bool = False  # y sigmoid(gate); q_proj has the gate's rows after those of each head (Qwen3.5)
     attention_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
     attention_cap: float | None = None  # scores s become cap tanh(s / cap) (Gemma 2)
+    sinks: bool = False  # the softmax has one more term for each head, which adds to no value (gpt-oss)
     embedding_scale: float = 1.0  # x = scale * embedding[ids]
     positions: int = 0  # how many are learned: x = embedding[ids] + embedding'[positions] (GPT-2)
     residual_scale: float = 1.0  # x + scale * attention(norm(x)) (Granite)
     logit_scale: float = 1.0  # logits = scale * hidden @ head^T
     logit_cap: float | None = None  # logits l become cap tanh(l / cap)
+    mixers: tuple[str, ...] = ()  # of MIXERS, per layer; none: attention everywhere
+    conv_kernel: int = 0  # positions that a convolution sees, its own among them
+    delta: DeltaNetSizes | None = None  # of layers with the mixer "deltanet"
     wrapped: bool = False  # text is one tower of a larger model
 
     @property
@@ -84,14 +94,19 @@ class DecoderConfig:
         """The rope of the layers with the widest view."""
         return next(iter(self.distinct_ropes), Rope())
 
+    def mixer(self, layer: int) -> str:
+        return self.mixers[layer] if self.mixers else "attention"
+
     def make_norm(self, size: int) -> RMSNorm:
         return NORM_KINDS[self.norm](size, self.norm_eps, self.norm_offset)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 ACTIVATIONS["gelu_tanh"] = partial(F.gelu, approximate="tanh")
-# The linears of an MLP's input; "fused": gate and up are rows of one linear (Phi-3).
+# The linears of an MLP's input; "fused": gate and up are rows of one linear, gate first (Phi-3); "interleaved": they
+# alternate (gpt-oss).
 MLP_INPUTS = {"gated": ("gate_proj", "up_proj"), "fused": ("gate_up_proj",), "plain": ("up_proj",)}
+MLP_INPUTS["interleaved"] = MLP_INPUTS["fused"]
 # The norms of a block, by their names in files: before attention, after it, before the MLP, after it.
 NORMS: dict[str, tuple[str, str, str, str]] = {
     "input": ("input_layernorm", "", "post_attention_layernorm", ""),
@@ -111,11 +126,13 @@ class SelfAttention(nn.Module):
         self.index, self.head_dim, rope = layer, c.head_dim, c.ropes[layer]
         self.rope = None if rope is None else c.distinct_ropes.index(rope)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        self.scores = Scores(scale, c.windows[layer], c.attention_cap)
+        self.scores = Scores(scale, c.windows[layer], c.attention_cap, c.sinks)
+        self.sinks: Tensor | None = nn.Parameter(torch.zeros(c.num_heads)) if c.sinks else None
         self.widths = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
         separate, self.interleaved = c.qkv == "separate", c.qkv == "interleaved"
         self.inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj") if separate else ("qkv_proj",)
-        for name, width in zip(self.inputs, self.widths if separate else [sum(self.widths)], strict=True):
+        self.gated, own = c.gated_attention, [self.widths[0] * (1 + c.gated_attention), *self.widths[1:]]
+        for name, width in zip(self.inputs, own if separate else [sum(self.widths)], strict=True):
             self.add_module(name, nn.Linear(c.hidden_size, width, bias=c.qkv_bias))
         self.o_proj = nn.Linear(self.widths[0], c.hidden_size, bias=c.o_bias)
         self.over_width = c.qk_norm == "width"
@@ -124,8 +141,9 @@ class SelfAttention(nn.Module):
         self.k_norm = c.make_norm(sizes[1]) if c.qk_norm else None
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        q, k, v = self.heads([getattr(self, name)(x) for name in self.inputs], context)
-        return self.o_proj(context.attend(q, k, v, self).flatten(2))
+        projected = [getattr(self, name)(x) for name in self.inputs]
+        q, k, v = self.heads(projected, context)
+        return self.o_proj(self.gate(context.attend(q, k, v, self).flatten(2), projected[0]))
 
     def heads(self, projected: list[Tensor], context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         """Projections (b, q, heads * d), split into heads, normalized and rotated: (b, q, h or g, d)."""
@@ -138,24 +156,31 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if not self.interleaved:
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.gated:
+            q = q[:, :, ::2]  # between the heads are the gates
         if self.q_norm is not None and self.k_norm is not None and not self.over_width:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = context.rotate(q, k, self)
         return q.to(v.dtype), k.to(v.dtype), v  # under autocast a norm's float32 weight widens q and k
 
+    def gate(self, y: Tensor, projected: Tensor) -> Tensor:
+        """y sigmoid(gate), (b, q, h * d), if q's projection has a gate after each head (Qiu et al. 2025)."""
+        return y * projected.unflatten(-1, (-1, 2, self.head_dim))[..., 1, :].flatten(2).sigmoid() if self.gated else y
+
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (SwiGLU; with gelu GeGLU: Shazeer 2020), or without a gate down(gelu(up(x)))."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, width: int = 0):
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        width = width or config.intermediate_size
+        self.activation, self.limit = ACTIVATIONS[config.activation], config.mlp_limit
         self.inputs, self.is_plain = MLP_INPUTS[config.mlp], config.mlp == "plain"
-        width = 2 if config.mlp == "fused" else 1
+        self.interleaved = config.mlp == "interleaved"
         for name in self.inputs:
-            inner = nn.Linear(config.hidden_size, width * config.intermediate_size, bias=config.mlp_bias)
+            inner = nn.Linear(config.hidden_size, width * (3 - len(self.inputs) - self.is_plain), bias=config.mlp_bias)
             self.add_module(name, inner)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activate(*[getattr(self, name)(x) for name in self.inputs]))
@@ -164,7 +189,20 @@ class MLP(nn.Module):
         if self.is_plain:
             return self.activation(projected[0])
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+        if self.interleaved:
+            gate, up = projected[0][..., ::2], projected[0][..., 1::2]
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), 1 + up.clamp(-self.limit, self.limit)
+            return gate * torch.sigmoid(1.702 * gate) * up
         return self.activation(gate) * up
+
+
+# What lets positions see each other in a block: its name in files, and how it is made.
+MIXERS: dict[str, tuple[str, Callable[[DecoderConfig, int], nn.Module]]] = {
+    "attention": ("self_attn", SelfAttention),
+    "deltanet": ("linear_attn", GatedDeltaNet),
+    "short_conv": ("conv", ShortConv),
+}
 
 
 class Block(nn.Module):
@@ -173,10 +211,18 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.norm_names, self.scale, self.parallel = NORMS[config.norms], config.residual_scale, config.parallel
-        self.self_attn = SelfAttention(config, layer)
-        self.mlp = MLP(config)
+        self.mixer_name, make = MIXERS[config.mixer(layer)]
+        self.add_module(self.mixer_name, make(config, layer))
+        self.mlp: Any = MLP(config)
+        if (routing := config.routing) and routing.layers[layer]:
+            experts = (MLP(config, routing.width) for _ in range(routing.experts))
+            self.mlp = Experts(routing, config.hidden_size, experts, config.mlp_bias)
         for name in filter(None, self.norm_names):
             self.add_module(name, config.make_norm(config.hidden_size))
+
+    @property
+    def mixer(self) -> Any:
+        return getattr(self, self.mixer_name)
 
     def norm(self, place: int) -> Callable[[Tensor], Tensor]:
         """The norm at a place of NORMS; the identity if there is none."""
@@ -184,7 +230,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
         """The residual stream after this block, (b, q, hidden); at some positions only, (1, n, hidden)."""
-        y = self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context)))
+        y = self.add(x, self.norm(1)(self.mixer(self.norm(0)(x), context)))
         x, y = select(x, target_positions), select(y, target_positions)  # from here on, positions are independent
         return self.add(y, self.norm(3)(self.mlp(self.norm(2)(x if self.parallel else y))))
 

@@ -185,7 +185,7 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "training.micro_batch_size: 4 sequences of 4096 tokens take" in error
-    assert "and 5.40 GB are available" in error
+    assert "but only 5.40 GB are available" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

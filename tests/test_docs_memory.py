@@ -105,7 +105,7 @@ def test_the_cache_of_keys_and_values_has_the_size_of_the_formula(tmp_path: Path
     with torch.no_grad():
         decoding.join([[3, 4, 5], [6]], 7)
     tokens = 2 * (3 + 7)  # rows x (longest prompt + new tokens)
-    assert sum(part.nbytes for part in [*decoding.keys, *decoding.values]) == (
+    assert sum(part.nbytes for part in [*decoding.keys.values(), *decoding.values.values()]) == (
         2 * c.num_layers * c.num_kv_heads * c.head_dim * 2 * tokens
     )
     assert f"{8 * (512 + 128) * 131_072 / 1e9:.2f} GB" in section("Evaluation")

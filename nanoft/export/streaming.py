@@ -184,8 +184,8 @@ class StreamedDecoder(Decoder):
                 self.set_submodule(name, StreamedLinear(weights, name))
             elif isinstance(module, nn.Embedding):
                 self.set_submodule(name, StreamedEmbedding(weights, name))
-            elif isinstance(getattr(module, "weight", None), nn.Parameter):  # a norm
-                for part in dict(module.named_parameters()):
+            else:  # a norm, sinks, and what a layer without attention has of its own
+                for part in dict(module.named_parameters(recurse=False)):
                     setattr(module, part, nn.Parameter(weights.whole(f"{name}.{part}")))
         self.requires_grad_(False)
         self.eval()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from nanoft.attention import Documents
+from nanoft.blocks.deltanet import DeltaNetSizes
 from nanoft.config import LoRAConfig
-from nanoft.kernels import attention, fused
+from nanoft.kernels import attention, experts, fused
 from nanoft.kernels.attention import FastContext
 from nanoft.kernels.block import FastBlock, supports
 from nanoft.kernels.decode import FastCacheContext, twin
@@ -58,6 +59,7 @@ def _install(model: Decoder) -> None:
     for block in model.model.layers:
         if supports(block):
             block.__class__ = FastBlock
+        experts.install(block)
     model.context_class = FastContext
 
 
@@ -78,8 +80,8 @@ def describe_attention(model: Decoder, dtype: torch.dtype, length: int, packed: 
     if not is_applied(model):
         return f"PyTorch's kernel for {model.device.type} with a mask over all pairs"
     q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=model.device)
-    layers: list[Any] = [block.self_attn for block in model.model.layers]
-    kinds = [attention.within(layer.scores, length) for layer in layers]
+    mixers: list[Any] = [block.mixer for block in model.model.layers]
+    kinds = [attention.within(mixer.scores, length) for mixer in mixers if hasattr(mixer, "scores")]
     return "; ".join(dict.fromkeys(attention.describe(q, kind, packed) for kind in dict.fromkeys(kinds)))
 
 
@@ -104,7 +106,13 @@ def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
     """A model of two layers with the same switches, with every trained parameter away from its initial value."""
     sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
     sizes |= {"num_heads": 4, "num_kv_heads": 4 if config.qkv == "interleaved" else 2, "head_dim": 8}
-    sizes |= {name: (value[0], value[-1]) for name, value in vars(config).items() if isinstance(value, tuple)}
+    # the first layer and one that differs from it in what mixes positions, or the last
+    other = next((i for i, mixer in enumerate(config.mixers) if mixer != config.mixers[0]), -1)
+    sizes |= {name: (value[0], value[other]) for name, value in vars(config).items() if value and type(value) is tuple}
+    sizes["delta"] = config.delta and DeltaNetSizes(2, 4, 4, 6)
+    if routing := config.routing:
+        layers = routing.layers[0], routing.layers[other]
+        sizes["routing"] = replace(routing, layers=layers, experts=4, chosen=min(routing.chosen, 2), width=8)
     sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
     sizes["ropes"] = tuple(rope and replace(rope, kind="default", context=3) for rope in sizes["ropes"])
     model = Decoder(replace(config, **sizes))
@@ -148,11 +156,11 @@ def _answer(model: Decoder) -> Tensor:
     rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64, lengths)
     tables = FastCacheContext.tables(rotations, torch.ones(batch, length, dtype=torch.bool))
     cache, doubles = (batch, c.num_kv_heads, length, c.head_dim), torch.float64
-    keys, values = ([torch.zeros(cache, dtype=doubles) for _ in blocks] for _ in range(2))
-    hidden = []
+    keys, values = ({layer: torch.zeros(cache, dtype=doubles) for layer in range(len(blocks))} for _ in range(2))
+    hidden, kept = [], dict[tuple[int, str], Tensor]()
     for slot in range(length):
         x = model.embed(IDS[:, slot : slot + 1], torch.tensor([[slot]]))
-        context = FastCacheContext(tables, keys, values, slot, 0)
+        context = FastCacheContext(tables, keys, values, slot, 0, kept)
         for block in blocks:
             x = block(x, context)
         hidden.append(model.finish(x))

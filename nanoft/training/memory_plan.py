@@ -31,10 +31,13 @@ from nanoft.config.loading import load_file
 from nanoft.config.settings import config_warnings
 from nanoft.kernels.attention import CHUNK
 from nanoft.kernels.decode import MEMORY_SHARE
+from nanoft.kernels.experts import MULTIPLE
 from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import NORMS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import vocabulary_of
+from nanoft.models.expert_files import check_stacks
+from nanoft.models.families import FAMILIES
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import find_adapter, is_run, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import add_score, choose_dequantize, grow_vocabulary
@@ -52,6 +55,7 @@ MiB = 2**20
 KERNELS, TRANSIENT = 64 * MiB, (7, 0)
 # On a CPU, by the bytes of a number: larger, because the allocator cannot reuse everything that was freed.
 KERNELS_CPU, TRANSIENT_CPU = {2: 110 * MiB, 4: 140 * MiB}, {2: (14, 46), 4: (10, 14)}
+EXPERT_ROWS = 4  # tensors of (tokens, chosen, hidden) at once
 BITSANDBYTES = 70 * MiB  # of the library itself, needed for a 4-bit base; counted on a CPU
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
 
@@ -78,7 +82,8 @@ class Counts:
     others: int
     trained: int
     adapters: int  # numbers of the adapters: trained ones, and those that a variant keeps in addition
-    ranks: int  # sum over the adapters of a block
+    ranks: float  # sum over the adapters of a block; of experts, over those that a token chooses
+    active: float  # the part of `linears` that a token is multiplied by: of experts, those that it chooses
     trains_head: bool = False  # although the base is frozen
     rank_warnings: tuple[str, ...] = ()  # about adapters with a higher rank than their matrix can have
 
@@ -89,23 +94,38 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
         model = Decoder(decoder)
     if trains_score(config):
         add_score(model)
-    linears = list(linears_of(model).values())
-    weights = sum(int(linear.in_features * linear.out_features) for linear in linears)
+    named = linears_of(model)
+    linears = list(named.values())
+    sizes = {name: int(linear.in_features * linear.out_features) for name, linear in named.items()}
+    weights, active = sum(sizes.values()), sum(size * met(decoder, name) for name, size in sizes.items())
     others = sum(p.numel() for p in model.parameters()) - weights
     block_scales = 1 + 4 / 256 if config.quantization.double else 4  # bytes
     scales = {4: weights / 64 * block_scales, 8: 4.0 * sum(int(linear.out_features) for linear in linears)}
     if config.training.method == "full":
-        return Counts(weights, 0.0, others, weights + others, 0, 0)
+        return Counts(weights, 0.0, others, weights + others, 0, 0, active)
     more = range(decoder.vocab_size, decoder.vocab_size + len(config.model.add_tokens))
     lora = with_added_tokens(config.lora, more, decoder.tied)
     grow_vocabulary(model, max(decoder.vocab_size + len(more), vocabulary_of(lora, {})))
     adapters = inject_lora(model, lora, 0)
+    if decoder.routing and FAMILIES[decoder.family].stacked:
+        check_stacks(adapters, decoder.routing.experts)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = sum(t.numel() for adapter in adapters.values() for t in adapter.buffers(recurse=False))
-    inside = [a for name, a in adapters.items() if isinstance(a, LoRALinear) and ".layers." in name]
-    ranks = sum(len(adapter.factors()[0]) for adapter in inside) // decoder.num_layers
+    inside = {name: a for name, a in adapters.items() if isinstance(a, LoRALinear) and ".layers." in name}
+    ranks = sum(len(a.factors()[0]) * met(decoder, name) for name, a in inside.items()) / decoder.num_layers
     packed, trains_head = scales.get(config.quantization.bits, 0.0), model.head.requires_grad
-    return Counts(weights, packed, others, trained, trained + kept, ranks, trains_head, warn_of_ranks(adapters))
+    return Counts(weights, packed, others, trained, trained + kept, ranks, active, trains_head, warn_of_ranks(adapters))
+
+
+def met(decoder: DecoderConfig, name: str) -> float:
+    """The share of tokens that a linear computes: all, or of an expert those that choose it, on average."""
+    return decoder.routing.chosen / decoder.routing.experts if decoder.routing and ".experts." in name else 1.0
+
+
+def mlp_widths(decoder: DecoderConfig, chosen: float = 0.0) -> list[tuple[int, float]]:
+    """Of the MLP of each layer: its width, and how many such rows a token takes, of experts `chosen`."""
+    r, dense = decoder.routing, (decoder.intermediate_size, 1.0)
+    return [(r.width, chosen) if r and r.layers[layer] else dense for layer in range(decoder.num_layers)]
 
 
 def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -151,13 +171,17 @@ def estimate_memory(
     tokens = rows * length
     bits = 16 if full or config.quantization.dequantize == "cached" else config.quantization.bits
     moments = OPTIMIZERS[config.training.optimizer].bytes_per_parameter(config.training)
-    block = kept_by_block(decoder, counts, config, e) * tokens
-    waiting = {"all": block, "input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
-    cpu = device_type == "cpu"
+    cpu, r = device_type == "cpu", decoder.routing
+    padding = MULTIPLE / 2 * (cpu and e < 4) / max(tokens, 1)  # rows of an expert that are no token's
+    chosen = r.chosen + r.experts * padding if r else 0.0  # rows of experts for each token
+    widths = mlp_widths(decoder, chosen)
+    blocks = [kept_by_block(decoder, counts, config, e, i, rows) * tokens for i, (_, rows) in enumerate(widths)]
+    waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
-    inner = decoder.intermediate_size / (2 if decoder.mlp == "plain" else 1)  # without a gate there is half of it
-    transient = (wide * inner + narrow * decoder.hidden_size) * tokens * e
-    again = max((block for one in keep if one != "all"), default=0.0)  # one of these at a time
+    inner = max(width * n for width, n in widths) / (2 if decoder.mlp == "plain" else 1)  # without a gate half of it
+    transient = (wide * inner + (narrow + EXPERT_ROWS * chosen) * decoder.hidden_size) * tokens * e
+    by_block = list(zip(keep, blocks, strict=True))
+    again = max((block for one, block in by_block if one != "all"), default=0.0)  # one of these at a time
     targets = tokens * target_share
     chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
     split = config.training.sharding == "full"
@@ -167,7 +191,7 @@ def estimate_memory(
     head = 0 if scored or counts.trains_head else table  # whole on each rank, if it is frozen
     lookup = 0 if decoder.tied and not scored else table  # gathered for a moment only
     gathered = 2 * linears / decoder.num_layers + stored * (counts.others - head - lookup)  # this block, the next, rest
-    unpacked = decoder.hidden_size * decoder.intermediate_size * e * (bits < 16)  # the largest weight, for its product
+    unpacked = decoder.hidden_size * max(width for width, _ in widths) * e * (bits < 16)  # the largest weight
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
     windowed = any((w or length) < length for w in decoder.windows)
@@ -187,7 +211,7 @@ def estimate_memory(
         "cast weights": part * counts.linears * e if full and e < 4 else 0.0,  # for the products, by autocast
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
-        "activations": sum(waiting[one] for one in keep),
+        "activations": sum(waiting.get(one, block) for one, block in by_block),
         "backward": again + transient + unpacked + scores + 2 * slopes * cpu,
         # a chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these
         "loss": chunk * decoder.vocab_size * (2 * e + 4)
@@ -199,22 +223,39 @@ def estimate_memory(
     return Plan(parts, list(keep))
 
 
-def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> float:
-    """Bytes per token that a block keeps for backward; `e` is the size of a number."""
-    q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    inner = (1 if c.mlp == "plain" else 2) * c.intermediate_size
-    kept = (1 if c.parallel else 2) * c.hidden_size + 2 * q + 2 * k + inner + counts.ranks
-    if c.qkv != "separate" and c.distinct_ropes:  # q and k before rotation: v is a part of the same tensor
-        kept += q + k
+def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, layer: int, rows: float) -> float:
+    """Bytes per token that a block keeps for backward; `e` is the size of a number, `rows` as in `mlp_widths`."""
     full, before, after = config.training.method == "full", NORMS[c.norms][::2], NORMS[c.norms][1::2]
-    normed = (q + k) * bool(c.qk_norm) + c.hidden_size * sum(map(bool, after))
+    mixed, outputs, normed = kept_by_mixer(c, c.mixer(layer), full)
+    inner = (1 if c.mlp == "plain" else 2) * mlp_widths(c)[layer][0] * rows
+    kept = (1 if c.parallel else 2) * c.hidden_size + mixed + inner + counts.ranks
+    normed += c.hidden_size * sum(map(bool, after))
     if full:  # normed inputs, silu(gate) and the product, too
         kept += 2 * c.hidden_size + inner
         normed += c.hidden_size * sum(map(bool, before))
     kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
+    if (r := c.routing) and r.layers[layer]:  # rows of experts, their outputs, the normed input, what the router says
+        kept += (rows + r.chosen + 4 / e) * c.hidden_size + (4 * r.experts + 32 * r.chosen) / e
     if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
-        kept += 2 * q + 2 * k + inner + c.hidden_size
+        kept += outputs + inner + c.hidden_size
     return float(kept * e)
+
+
+def kept_by_mixer(c: DecoderConfig, mixer: str, full: bool) -> tuple[int, int, int]:
+    """Numbers per token of what lets positions see each other: kept, outputs of its linears, and kept twice in
+    float32 by norms."""
+    q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    if mixer == "short_conv":  # three projections, and what the convolution makes; its input and the product
+        return (6 if full else 4) * c.hidden_size, 4 * c.hidden_size, 0
+    if mixer == "deltanet" and c.delta:
+        keys, values = c.delta.key_heads * c.delta.key_dim, c.delta.value_heads * c.delta.value_dim
+        # before and after silu, what the state says and its gate; the convolution's input and the gated product
+        qkv, other = 2 * keys + values, 5 * c.delta.value_heads  # decays in float32
+        return (3 if full else 2) * qkv + (5 if full else 2) * values + other, qkv + 2 * values, values * full
+    kept = 2 * q + 2 * k + 2 * q * c.gated_attention
+    if c.qkv != "separate" and c.distinct_ropes:  # q and k before rotation: v is a part of the same tensor
+        kept += q + k
+    return kept, 2 * q + 2 * k, (q + k) * bool(c.qk_norm)
 
 
 def choose_recompute(
@@ -243,12 +284,13 @@ def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, leng
     A product with n weights costs 2 n forward, 2 n for the gradient of its input, 2 n for its own if it is trained.
     Causal attention: 2 q (length + 1) forward, 2.5 times that backward. `again` is the share of blocks computed twice.
     """
-    attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * (length + 1)
-    frozen = counts.linears * (2 + 2 + 2 * again) + attention * (3.5 + again)
+    layers = [decoder.mixer(layer) for layer in range(decoder.num_layers)].count("attention")
+    attention = 2 * layers * decoder.num_heads * decoder.head_dim * (length + 1)
+    frozen = counts.active * (2 + 2 + 2 * again) + attention * (3.5 + again)
     head = 0.5 * decoder.vocab_size * decoder.hidden_size
     if config.training.method == "full":
-        return (frozen + 2 * counts.linears + 6 * head) / 1e9
-    return (frozen + 6 * counts.trained + 4 * head) / 1e9
+        return (frozen + 2 * counts.active + 6 * head) / 1e9
+    return (frozen + 6 * counts.trained * counts.active / counts.linears + 4 * head) / 1e9
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,8 @@ class TrainContext:
 
     def trained_weights(self) -> dict[str, Tensor]:
         """The weights that a checkpoint saves."""
-        return adapter_tensors(self.adapters) if self.adapters else {name: p.detach() for name, p in self.trained}
+        trained = self.trained  # from here on, the adapters of a sharded model are shards
+        return adapter_tensors(self.adapters) if self.adapters else {name: p.detach() for name, p in trained}
 
     @property
     def weights_file(self) -> str:
