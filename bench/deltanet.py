@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ def main() -> None:
     config = Qwen3_5TextConfig(hidden_size=1024, linear_num_value_heads=16)
     theirs = Qwen3_5GatedDeltaNet(config, 0).to(dtype).requires_grad_(False)
     torch.nn.init.uniform_(theirs.A_log, -3.0, 2.0)
-    ours = GatedDeltaNet(0, 1024, DeltaNetSizes(16, 16, 128, 128), 4, config.rms_norm_eps).to(dtype)
+    sizes = {"delta": DeltaNetSizes(16, 16, 128, 128), "conv_kernel": 4, "norm_eps": config.rms_norm_eps}
+    ours = GatedDeltaNet(SimpleNamespace(hidden_size=1024, **sizes), 0).to(dtype)
     ours.load_state_dict(theirs.state_dict())
     ours.requires_grad_(False)
     x = torch.randn(1, args.length, 1024, dtype=dtype).requires_grad_()

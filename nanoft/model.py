@@ -200,11 +200,8 @@ class MLP(nn.Module):
 # What lets positions see each other in a block: its name in files, and how it is made.
 MIXERS: dict[str, tuple[str, Callable[[DecoderConfig, int], nn.Module]]] = {
     "attention": ("self_attn", SelfAttention),
-    "deltanet": (
-        "linear_attn",
-        lambda c, layer: GatedDeltaNet(layer, c.hidden_size, c.delta, c.conv_kernel, c.norm_eps),  # type: ignore
-    ),
-    "short_conv": ("conv", lambda c, layer: ShortConv(layer, c.hidden_size, c.conv_kernel)),
+    "deltanet": ("linear_attn", GatedDeltaNet),
+    "short_conv": ("conv", ShortConv),
 }
 
 
@@ -257,16 +254,21 @@ def embedding_noise(x: Tensor, alpha: float) -> Tensor:
     return torch.empty_like(x).uniform_(-bound, bound)
 
 
+def embedding(size: int, hidden: int) -> nn.Embedding:
+    """Initialized uniformly: on the `meta` device, PyTorch's normal_ imports its compiler, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(size, hidden).uniform_(-1, 1), freeze=False)
+
+
 class Trunk(nn.Module):
     """Embedding, blocks and final norm: the tensors whose names start with `model.`."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = config.make_norm(config.hidden_size)
         if config.positions:
-            self.embed_positions = nn.Embedding(config.positions, config.hidden_size)
+            self.embed_positions = embedding(config.positions, config.hidden_size)
 
 
 class Decoder(nn.Module):

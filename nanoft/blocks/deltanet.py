@@ -9,6 +9,7 @@ The modules have the names of the files.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,19 +32,21 @@ class DeltaNetSizes:
 class GatedDeltaNet(nn.Module):
     """out = W_out (norm(y) silu(W_z x)), where y reads the state that the delta rule writes."""
 
-    def __init__(self, layer: int, hidden_size: int, sizes: DeltaNetSizes, kernel: int, eps: float):
+    def __init__(self, config: Any, layer: int):  # of a DecoderConfig
         super().__init__()
-        self.index, self.sizes = layer, sizes
+        self.index, hidden_size = layer, config.hidden_size
+        self.sizes = sizes = config.delta
         keys, values = sizes.key_heads * sizes.key_dim, sizes.value_heads * sizes.value_dim
         self.widths = [keys, keys, values]
         self.inputs = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
         outputs = (sum(self.widths), values, sizes.value_heads, sizes.value_heads)
         for name, width in zip(self.inputs, outputs, strict=True):
             self.add_module(name, nn.Linear(hidden_size, width, bias=False))
-        self.conv1d = nn.Conv1d(sum(self.widths), sum(self.widths), kernel, groups=sum(self.widths), bias=False)
+        channels = outputs[0]
+        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels, bias=False)
         self.dt_bias = nn.Parameter(torch.ones(sizes.value_heads))
         self.A_log = nn.Parameter(torch.zeros(sizes.value_heads))
-        self.norm = RMSNorm(sizes.value_dim, eps)
+        self.norm = RMSNorm(sizes.value_dim, config.norm_eps)
         self.out_proj = nn.Linear(values, hidden_size, bias=False)
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:

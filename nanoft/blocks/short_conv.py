@@ -5,6 +5,8 @@ g, c, u = W_in x;   out = W_out (c conv(g u))
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from nanoft.attention import SequenceContext
@@ -13,12 +15,11 @@ from nanoft.attention import SequenceContext
 class ShortConv(nn.Module):
     """out = W_out (c conv(g u)), where g, c and u are thirds of W_in x. The modules have the names of the files."""
 
-    def __init__(self, layer: int, hidden_size: int, kernel: int):
+    def __init__(self, config: Any, layer: int):  # of a DecoderConfig
         super().__init__()
-        self.index = layer
-        self.inputs = ("in_proj",)
+        self.index, self.inputs, hidden_size = layer, ("in_proj",), config.hidden_size
         self.in_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.conv = nn.Conv1d(hidden_size, hidden_size, kernel, groups=hidden_size, bias=False)
+        self.conv = nn.Conv1d(hidden_size, hidden_size, config.conv_kernel, groups=hidden_size, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:

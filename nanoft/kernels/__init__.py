@@ -43,6 +43,18 @@ def apply(model: Decoder, lora: LoRAConfig | None = None) -> str:
     return warning
 
 
+def compile_blocks(model: Decoder) -> None:
+    """Fuse the operations between matrix products, block by block; backward recomputes elementwise results.
+
+    With a full memory budget the compiler keeps them: 145 KiB per token and layer of Mistral-7B instead of 93.
+    """
+    # nothing to fuse with it, and its lengths keep changing; not a decorator: it imports the compiler, two seconds
+    attention.attend = torch.compiler.disable(attention.attend)
+    torch._functorch.config.activation_memory_budget = 0.8
+    for block in model.model.layers:
+        block.compile()
+
+
 def _install(model: Decoder) -> None:
     for block in model.model.layers:
         if supports(block):

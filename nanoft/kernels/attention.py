@@ -55,7 +55,9 @@ class FastContext(SequenceContext):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def convolve(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
-        return deltanet.convolution(x, weight, None if self.documents is None else self.documents.lengths)
+        if weight.requires_grad:
+            return super().convolve(x, weight, layer)
+        return deltanet.Convolution.apply(x, weight.to(x.dtype), self.documents and self.documents.lengths)
 
 
 def describe(q: Tensor, scores: Scores, packed: bool) -> str:
@@ -82,7 +84,6 @@ def within(scores: Scores, length: int) -> Scores:
     return scores._replace(window=None) if scores.window is not None and scores.window >= length else scores
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # nothing to fuse with it, and its lengths keep changing
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents | None = None, sinks: Tensor | None = None
 ) -> Tensor:

@@ -15,7 +15,6 @@ Notation in comments: m chunks, n sequences times heads, C positions, dk and dv 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanoft.blocks.recurrence import widen
+from nanoft.blocks import recurrence
 
 CHUNK = 64  # positions
 
@@ -32,50 +31,38 @@ def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `recurrence.delta_rule`; no gradient goes through the states."""
-    return _Chunked.apply(q, k, v, decay, beta, before)
+    return (
+        recurrence.delta_rule(q, k, v, decay, beta, before)
+        if before is not None
+        else _Chunked.apply(q, k, v, decay, beta)
+    )
 
 
-def convolution(x: Tensor, weight: Tensor, lengths: tuple[int, ...] | None = None) -> Tensor:
-    """y of `recurrence.convolution` for documents of these lengths, end to end in x, (b, q, c); None: for each row."""
-    return _Convolution.apply(x, weight.to(x.dtype), lengths)
+class Convolution(torch.autograd.Function):
+    """y of `recurrence.convolution`: shifted products, added in place; in backward they shift to the other side.
 
-
-class _Convolution(torch.autograd.Function):
-    """Shifted products, added in place; x is kept only if the weight is trained."""
+    x is (b, q, c), the weight (c, K) has no gradient; `lengths` are those of documents, end to end; None: of each row.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.lengths, y = lengths, x * weight[:, -1]
-        for j, later, earlier in _shifts(weight, lengths, y, x):
-            later.addcmul_(earlier, weight[:, -1 - j])
-        return y
+        ctx.rest = weight, lengths
+        return _shift_and_add(x, weight, lengths)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), d_weight = ctx.saved_tensors, None
-        dx = dy * weight[:, -1]
-        for j, later, earlier in _shifts(weight, ctx.lengths, dy, dx):
-            earlier.addcmul_(later, weight[:, -1 - j])
-        if x is not None:
-            d_weight = torch.zeros_like(weight)
-            d_weight[:, -1] = (dy * x).sum((0, 1))
-            for j, later, earlier in _shifts(weight, ctx.lengths, dy, x):
-                d_weight[:, -1 - j] += (later * earlier).flatten(0, -2).sum(0)
-        return dx, d_weight, None
+        return _shift_and_add(dy, ctx.rest[0], ctx.rest[1], back=True), None, None
 
 
-def _shifts(
-    weight: Tensor, lengths: tuple[int, ...] | None, y: Tensor, x: Tensor
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """How far back a position sees, and parts of y and of x, of one document, that are so far apart."""
-    documents = [(y, x)]
-    if lengths is not None:
-        documents = list(zip(*(part.flatten(0, 1).split(lengths) for part in (y, x)), strict=True))
-    for later, earlier in documents:
-        for j in range(1, min(weight.shape[1], later.shape[-2])):
-            yield j, later[..., j:, :], earlier[..., :-j, :]
+def _shift_and_add(x: Tensor, weight: Tensor, lengths: tuple[int, ...] | None, back: bool = False) -> Tensor:
+    y = x * weight[:, -1]
+    rows = [part.flatten(0, 1).split(lengths) if lengths else [part] for part in (y, x)]
+    for to, of in zip(*rows, strict=True):
+        for j in range(1, min(weight.shape[1], to.shape[-2])):
+            later, earlier = slice(j, None), slice(-j)
+            to[..., earlier if back else later, :].addcmul_(of[..., later if back else earlier, :], weight[:, -1 - j])
+    return y
 
 
 class _Chunks(NamedTuple):
@@ -111,11 +98,10 @@ class _Chunks(NamedTuple):
         u0, w = changed @ v, (changed * grown.mT) @ k
         return cls(q, k, v, beta, grown, left, between, similar, scores, inverse, left * k, u0, w)
 
-    def run(self, state: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self) -> tuple[Tensor, Tensor]:
         """U, (m, n, C, dv), and the states before each chunk and after the last, (m + 1, n, dk, dv)."""
         over, u = self.grown[:, :, -1:], torch.empty_like(self.u0)
-        states = state.new_empty(len(u) + 1, *state.shape)
-        states[0] = state
+        states = u.new_zeros(len(u) + 1, u.shape[1], self.k.shape[-1], u.shape[-1])
         for i in range(len(u)):
             torch.baddbmm(self.u0[i], self.w[i], states[i], alpha=-1, out=u[i])
             torch.mul(states[i], over[i], out=states[i + 1]).baddbmm_(self.written[i].mT, u[i])
@@ -128,10 +114,10 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*inputs)
-        q, k, v, decay, beta, before = inputs
+        v = inputs[2]
         with torch.autocast(v.device.type, enabled=False):
-            chunks = _Chunks.of(*widen(q, k, v, decay, beta))
-            u, states = chunks.run(_start(chunks, before))
+            chunks = _Chunks.of(*recurrence.widen(*inputs))
+            u, states = chunks.run()
             y = (chunks.q @ states[:-1]).mul_(chunks.grown).add_(chunks.scores @ u)
         last = states[-1].unflatten(0, (len(v), -1)).clone()
         ctx.mark_non_differentiable(last)
@@ -140,20 +126,20 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, before = ctx.saved_tensors
+        inputs = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in inputs]
-                wide = widen(*inputs)
+                wide = recurrence.widen(*inputs)
             chunks = _Chunks.of(*(x.detach() for x in wide))
-            d_wide = _backward(chunks, _chunk(dy.to(wide[2].dtype), chunks.q.shape[2]), _start(chunks, before))
+            d_wide = _backward(chunks, _chunk(dy.to(wide[2].dtype), chunks.q.shape[2]))
         grads = [_unchunk(d, x).view_as(x) for d, x in zip(d_wide, wide, strict=True)]
-        return (*torch.autograd.grad(wide, inputs, grads), None)
+        return torch.autograd.grad(wide, inputs, grads)
 
 
-def _backward(c: _Chunks, dy: Tensor, start: Tensor) -> tuple[Tensor, ...]:
+def _backward(c: _Chunks, dy: Tensor) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, decay and beta in chunks, (m, n, C, ...)."""
-    u, states = c.run(start)
+    u, states = c.run()
     states, over, d_read = states[:-1], c.grown[:, :, -1:], c.grown * dy
     du, d_states = c.scores.mT @ dy, torch.empty_like(states)  # of the state after each chunk
     d_before = c.q.mT @ d_read  # of the state before each chunk, from what is read of it
@@ -189,13 +175,6 @@ def _backward(c: _Chunks, dy: Tensor, start: Tensor) -> tuple[Tensor, ...]:
 def _later(x: Tensor) -> Tensor:
     """The sum of x over its own and later positions of a chunk, (m, n, C, ...)."""
     return x.flip(2).cumsum(2).flip(2)
-
-
-def _start(chunks: _Chunks, before: Tensor | None) -> Tensor:
-    """The state before the first chunk, (n, dk, dv)."""
-    if before is not None:
-        return before.flatten(0, 1)
-    return chunks.v.new_zeros(chunks.v.shape[1], chunks.k.shape[-1], chunks.v.shape[-1])
 
 
 def _chunk(x: Tensor, size: int) -> Tensor:

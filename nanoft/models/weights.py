@@ -186,11 +186,14 @@ def initialize(model: Decoder, seed: int) -> None:
     """Random weights for pre-training: N(0, 0.02), outputs of each block scaled by 1/sqrt(2 layers) (GPT-2)."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            is_zero = name.endswith(("bias", "sinks")) or model.config.norm_offset  # norms are 1
+        if name.endswith(".A_log"):  # how fast a DeltaNet forgets: from hardly to at once
+            parameter.copy_(torch.empty(len(parameter)).uniform_(0.01, 16, generator=generator).log())
+            continue
+        if parameter.dim() < 2:  # norms are 1, and of a DeltaNet dt_bias, too
+            is_zero = name.endswith((".bias", ".sinks")) or (model.config.norm_offset and ".linear_attn." not in name)
             nn.init.constant_(parameter, 0.0 if is_zero else 1.0)
             continue
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        residual = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2 * model.config.num_layers) if residual else 0.02
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 

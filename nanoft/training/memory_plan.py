@@ -1,4 +1,4 @@
-"""Predict memory and time of a run before anything is loaded, from the model's shape and the settings.
+"""Predict the memory of a run before anything is loaded, from the model's shape and the settings.
 
 Most of a step's memory can be counted: weights, gradients, the optimizer's moments, one chunk of logits, and the
 activations kept for backward. With LoRA a block keeps
@@ -29,7 +29,6 @@ from nanoft.config import Config
 from nanoft.config.functions import RUN
 from nanoft.config.loading import load_file
 from nanoft.config.settings import config_warnings
-from nanoft.io.tables import for_terminal, wrap
 from nanoft.kernels.attention import CHUNK
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.kernels.experts import MULTIPLE
@@ -46,7 +45,7 @@ from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
-from nanoft.runtime.device import Machine, matmul_gflop_s, set_threads
+from nanoft.runtime.device import Machine
 from nanoft.runtime.memory import OutOfMemory, available_host_bytes, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 
@@ -58,9 +57,7 @@ KERNELS, TRANSIENT = 64 * MiB, (7, 0)
 KERNELS_CPU, TRANSIENT_CPU = {2: 110 * MiB, 4: 140 * MiB}, {2: (14, 46), 4: (10, 14)}
 EXPERT_ROWS = 4  # tensors of (tokens, chosen, hidden) at once
 BITSANDBYTES = 70 * MiB  # of the library itself, needed for a 4-bit base; counted on a CPU
-EFFICIENCY = {"cpu": 0.5}  # share of the speed of bare matrix products, measured (bench/step.md); others: not measured
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
-ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 
 
 @dataclass(frozen=True)
@@ -497,58 +494,3 @@ def suggest_savings(planner: Planner, rows: int, length: int) -> str:
     best = sorted((name for name in saved if saved[name] > 0), key=lambda name: -saved[name])[:3]
     suggestions = (f"{name} (saves about {saved[name] / 1e9:.3g} GB)" for name in best)
     return ", or ".join(suggestions) or "model.name to a smaller model"
-
-
-def show_plan(config: Config) -> int:
-    """train.py --plan: print memory by part, and time, before anything is loaded; a UserError if it does not fit."""
-    machine = Machine.detect_or_describe(config)
-    check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
-    files = ModelFiles.find(config.model.reference)
-    decoder = files.decoder
-    set_threads(config.system.threads)
-    planner = Planner.of(config, machine, decoder)
-    planner = replace(planner, config=resolve_base_device(planner))
-    config = resolve_micro_batch_size(planner, None)
-    planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
-    unit = planner.unit_size  # sequences
-    plan = planner.choose_activations(config.micro_batch_rows() * unit, length)
-
-    def say(name: str, text: str) -> None:
-        print(wrap(f"{name:16} {text}", 17))
-
-    say("model", files.description)
-    kind, rows = machine.device.type, config.effective_batch_size() * unit
-    if not machine.present:
-        say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
-    for name, size in plan.parts.items():
-        say(name, f"{size / 1e9:9.3f} GB")
-    if config.model.base_device == "host":
-        say("host", describe_streaming(planner))
-    say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
-    assumed = f"per step: {rows:,} sequences of model.max_seq_length={length:,} tokens; real samples are shorter"
-    say("tokens", f"{rows * length:9,} {assumed}")
-    recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
-    work = gflop_per_token(decoder, planner.counts, config, length, recomputed)
-    say("work", f"{work:9.3g} GFLOP per token")
-    if machine.present:
-        reached = matmul_gflop_s(machine.device, machine.dtype, decoder.hidden_size, decoder.intermediate_size)
-        say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products here")
-        if share := EFFICIENCY.get(kind):
-            tokens_s, tokens = share * reached / work, rows // config.system.ranks * length
-            reach = f"{share:.0%} of that is reached: {tokens / tokens_s:,.1f} s per step"
-            say("speed", f"{tokens_s:9,.0f} tokens/s if {reach}")
-        else:
-            say("speed", f"at most {reached / work:,.0f} tokens/s; the share reached on {kind} was not measured")
-    fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * unit, length, planner.keep_by("full")).peak <= room]
-    most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
-    say("micro-batch", f"{most} sequences of {length} tokens fit, with every block recomputed")
-    for warning in plan_warnings(planner, files, length, None):
-        print(for_terminal(f"warning: {warning}"))
-    if plan.peak > room:
-        fewer = "training.micro_batch_size=auto, or lower model.max_seq_length"
-        fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
-        raise UserError(
-            f"training.micro_batch_size: {config.micro_batch_rows()} sequences of {length} tokens take "
-            f"{plan.peak / 1e9:.2f} GB, but only {room / 1e9:.2f} GB are available: {fix}"
-        )
-    return 0

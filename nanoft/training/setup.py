@@ -202,21 +202,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     for setting in [setting for setting, value in needed.items() if value and not len(corpus.validation)]:
         fix = "set data.validation_file or data.validation_size, or remove this setting"
         raise UserError(f"{setting}: there is no validation data: {fix}")
-    window = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
-    if config.rl.reward:  # a window holds the prompts of a step, whose answers become its micro-batches
-        window = 1, config.rl.prompts
-    pack_length = length if d.packing and not config.rl.reward else None
-    batches = Batches(
-        corpus.training,
-        *window,
-        seed,
-        tokenizer.pad_id,
-        pack_length,
-        d.group_by_length,
-        d.pad_to_multiple_of,
-        t.shuffle,
-    )
-    batches.micro_batch_size = config.micro_batch_rows()
+    batches = make_batches(config, corpus, tokenizer.pad_id)
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
     check_schedule(t, steps)
@@ -234,6 +220,21 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     padding, seconds = 1 - utilization(batches), time.perf_counter() - started
     run.print(f"batches   {windows:,} steps per epoch, {100 * padding:.1f} % padding ({seconds:.1f} s)")
     return corpus, batches
+
+
+def make_batches(config: Config, corpus: PreparedDataset, pad_id: int) -> Batches:
+    """The training samples in windows, as the settings ask for."""
+    d, t, rewarded = config.data, config.training, bool(config.rl.reward)
+    # with rewards a window holds the prompts of a step, whose answers become its micro-batches
+    window = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
+    window = (1, config.rl.prompts) if rewarded else window
+    pack_length = config.model.max_seq_length if d.packing and not rewarded else None
+    batches = Batches(
+        corpus.training, *window, config.system.seed, pad_id,
+        pack_length, d.group_by_length, d.pad_to_multiple_of, t.shuffle,
+    )  # fmt: skip
+    batches.micro_batch_size = config.micro_batch_rows()
+    return batches
 
 
 def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:

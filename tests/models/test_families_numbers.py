@@ -341,6 +341,17 @@ def test_in_16_bits_logits_are_as_near_as_those_of_transformers(
         assert noise(ours.logits(ours(IDS))) < (1.2 if ours.config.routing is None else 1.5) * allowed
 
 
+def test_random_deltanets_remember_and_forget(saved: Saved) -> None:
+    """In pre-training: every part of a new model gets a gradient, and its heads forget at different rates."""
+    model = load_model(saved(("qwen3_5_text", 0)), CPU, torch.float32, random_seed=0)
+    mean_loss(model).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    rates = model.get_parameter("model.layers.0.linear_attn.A_log").exp()
+    assert rates.unique().numel() == len(rates)
+    assert rates.min() > 0.01
+    assert rates.max() < 16
+
+
 # --- memory
 
 WHOLE_STEP = Path(__file__).parents[1] / "whole_step.py"
