@@ -284,6 +284,8 @@ def save_mlx(
     There A and B are transposed, lora_a (in, r) and lora_b (r, out), and all modules share one rank and one scale:
     smaller ranks are padded with zeros, and other scales folded into lora_b. Trained biases are refused.
     """
+    if shape.family == "qwen3_5_text" and not shape.wrapped:
+        raise UserError("--format mlx: mlx-lm loads Qwen3.5 only with its images' tower: use --format hf")
     linears = only_linears(adapters, "--format mlx: mlx-lm", "merge the adapter with --format hf")
     plain, stored = fold_patterns(*as_plain_lora(lora, adapter_tensors(adapters)))
     parts = {A: "lora_a", B: "lora_b", "lora_magnitude_vector": "m"}
