@@ -53,7 +53,6 @@ from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import TrainedAdapter
 from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, build_scaler, learning_rate, set_learning_rate
-from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
 from nanoft.runtime.device import Machine, choose_device, library_versions, pick_config, seed_everything, select_device
 from nanoft.runtime.energy import EnergyMeter
@@ -63,7 +62,8 @@ from nanoft.tracking.run import Run
 from nanoft.training import progress, recovery, self_test, setup
 from nanoft.training.doctor import validate_environment
 from nanoft.training.finalize import STOPPED_BY_SIGNAL, finalize
-from nanoft.training.memory_plan import Planner, explained_out_of_memory, show_plan
+from nanoft.training.memory_plan import Planner, explained_out_of_memory
+from nanoft.training.plan import show_plan
 from nanoft.training.preflight import preflight, require_room
 from nanoft.training.setup import Provenance
 from nanoft.training.state import TrainContext, TrainState, restore
@@ -159,7 +159,7 @@ def build(
     if config.system.kernels == "auto" and (warning := kernels.apply(model, config.lora if adapters else None)):
         run.print(f"warning: {warning}")
     if config.training.compile:
-        compile_blocks(model)
+        kernels.compile_blocks(model)
     setup.place_model(model, config, machine.device)
     optimizer = build_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.training)
     return TrainContext(

@@ -32,7 +32,6 @@ from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.families import decoder_config
 from nanoft.nf4 import Linear4bit
 from nanoft.optim import build_optimizer
-from nanoft.recompute import compile_blocks
 from nanoft.runtime.device import choose_device, seed_everything
 
 HERE = Path(__file__).resolve().parent
@@ -259,7 +258,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     warning = kernels.apply(model)
     assert not warning, warning  # the reference path is not what is measured
     if args.compile:
-        compile_blocks(model)
+        kernels.compile_blocks(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, TrainingConfig(learning_rate=LEARNING_RATE))
     model.train()

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
 from nanoft.blocks.deltanet import DeltaNetSizes, GatedDeltaNet
+from nanoft.blocks.moe import Experts, Routing
 from nanoft.blocks.norms import NORM_KINDS, RMSNorm
 from nanoft.blocks.rope import Rope, document_lengths
 from nanoft.blocks.short_conv import ShortConv
@@ -57,7 +58,9 @@ class DecoderConfig:
     mlp_bias: bool = False
     qkv: str = "separate"  # linears; rows of one: q, then k, then v, "fused" (Phi-3), or so in each head, "interleaved"
     mlp: str = "gated"  # of MLP_INPUTS
+    routing: Routing | None = None  # of layers with experts
     activation: str = "silu"  # of ACTIVATIONS
+    mlp_limit: float | None = None  # c: g sigmoid(1.702 g) (1 + clamp(up, -c, c)), g = min(gate, c) (gpt-oss)
     norm: str = "rms"  # of NORM_KINDS
     norms: str = "input"  # of NORMS: of what a block computes with, or of what it adds to x, or both
     parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)): both halves see the same x (GPT-NeoX)
@@ -66,6 +69,7 @@ class DecoderConfig:
     gated_attention: bool = False  # y sigmoid(gate); q_proj has the gate's rows after those of each head (Qwen3.5)
     attention_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
     attention_cap: float | None = None  # scores s become cap tanh(s / cap) (Gemma 2)
+    sinks: bool = False  # the softmax has one more term for each head, which adds to no value (gpt-oss)
     embedding_scale: float = 1.0  # x = scale * embedding[ids]
     positions: int = 0  # how many are learned: x = embedding[ids] + embedding'[positions] (GPT-2)
     residual_scale: float = 1.0  # x + scale * attention(norm(x)) (Granite)
@@ -99,8 +103,10 @@ class DecoderConfig:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 ACTIVATIONS["gelu_tanh"] = partial(F.gelu, approximate="tanh")
-# The linears of an MLP's input; "fused": gate and up are rows of one linear (Phi-3).
+# The linears of an MLP's input; "fused": gate and up are rows of one linear, gate first (Phi-3); "interleaved": they
+# alternate (gpt-oss).
 MLP_INPUTS = {"gated": ("gate_proj", "up_proj"), "fused": ("gate_up_proj",), "plain": ("up_proj",)}
+MLP_INPUTS["interleaved"] = MLP_INPUTS["fused"]
 # The norms of a block, by their names in files: before attention, after it, before the MLP, after it.
 NORMS: dict[str, tuple[str, str, str, str]] = {
     "input": ("input_layernorm", "", "post_attention_layernorm", ""),
@@ -120,7 +126,8 @@ class SelfAttention(nn.Module):
         self.index, self.head_dim, rope = layer, c.head_dim, c.ropes[layer]
         self.rope = None if rope is None else c.distinct_ropes.index(rope)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        self.scores = Scores(scale, c.windows[layer], c.attention_cap)
+        self.scores = Scores(scale, c.windows[layer], c.attention_cap, c.sinks)
+        self.sinks: Tensor | None = nn.Parameter(torch.zeros(c.num_heads)) if c.sinks else None
         self.widths = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
         separate, self.interleaved = c.qkv == "separate", c.qkv == "interleaved"
         self.inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj") if separate else ("qkv_proj",)
@@ -164,15 +171,16 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (SwiGLU; with gelu GeGLU: Shazeer 2020), or without a gate down(gelu(up(x)))."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, width: int = 0):
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        width = width or config.intermediate_size
+        self.activation, self.limit = ACTIVATIONS[config.activation], config.mlp_limit
         self.inputs, self.is_plain = MLP_INPUTS[config.mlp], config.mlp == "plain"
-        width = 2 if config.mlp == "fused" else 1
+        self.interleaved = config.mlp == "interleaved"
         for name in self.inputs:
-            inner = nn.Linear(config.hidden_size, width * config.intermediate_size, bias=config.mlp_bias)
+            inner = nn.Linear(config.hidden_size, width * (3 - len(self.inputs) - self.is_plain), bias=config.mlp_bias)
             self.add_module(name, inner)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activate(*[getattr(self, name)(x) for name in self.inputs]))
@@ -181,6 +189,11 @@ class MLP(nn.Module):
         if self.is_plain:
             return self.activation(projected[0])
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+        if self.interleaved:
+            gate, up = projected[0][..., ::2], projected[0][..., 1::2]
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), 1 + up.clamp(-self.limit, self.limit)
+            return gate * torch.sigmoid(1.702 * gate) * up
         return self.activation(gate) * up
 
 
@@ -200,7 +213,10 @@ class Block(nn.Module):
         self.norm_names, self.scale, self.parallel = NORMS[config.norms], config.residual_scale, config.parallel
         self.mixer_name, make = MIXERS[config.mixer(layer)]
         self.add_module(self.mixer_name, make(config, layer))
-        self.mlp = MLP(config)
+        self.mlp: Any = MLP(config)
+        if (routing := config.routing) and routing.layers[layer]:
+            experts = (MLP(config, routing.width) for _ in range(routing.experts))
+            self.mlp = Experts(routing, config.hidden_size, experts, config.mlp_bias)
         for name in filter(None, self.norm_names):
             self.add_module(name, config.make_norm(config.hidden_size))
 
@@ -238,16 +254,21 @@ def embedding_noise(x: Tensor, alpha: float) -> Tensor:
     return torch.empty_like(x).uniform_(-bound, bound)
 
 
+def embedding(size: int, hidden: int) -> nn.Embedding:
+    """Initialized uniformly: on the `meta` device, PyTorch's normal_ imports its compiler, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(size, hidden).uniform_(-1, 1), freeze=False)
+
+
 class Trunk(nn.Module):
     """Embedding, blocks and final norm: the tensors whose names start with `model.`."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = config.make_norm(config.hidden_size)
         if config.positions:
-            self.embed_positions = nn.Embedding(config.positions, config.hidden_size)
+            self.embed_positions = embedding(config.positions, config.hidden_size)
 
 
 class Decoder(nn.Module):

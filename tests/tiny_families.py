@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from templates import STYLES, save
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nanoft.models.families import FAMILIES
@@ -41,6 +42,19 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "rope_parameters": YARN},
     ],
     "qwen3": [{"head_dim": 20}, {"head_dim": 40, "attention_bias": True, "tie_word_embeddings": True}],
+    "qwen3_moe": [
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+        {
+            "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "decoder_sparse_step": 2,
+            "num_hidden_layers": 4, "mlp_only_layers": [3], "head_dim": 20, "tie_word_embeddings": True,
+        },
+    ],
+    "gpt_oss": [
+        {
+            "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 8, "intermediate_size": 64,
+            "rope_parameters": {**YARN, "factor": 32.0, "truncate": False},
+        },
+    ],
     "gemma2": [
         {**GEMMA, "head_dim": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
         {**GEMMA, "head_dim": 40, "tie_word_embeddings": False},
@@ -113,3 +127,22 @@ def make_family(name: str, directory: Path, shape: int = 0, **changes: Any) -> P
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory)
     return model
+
+
+def split_experts(tensors: dict[str, Tensor], interleaved: bool) -> dict[str, Tensor]:
+    """Stacked experts of transformers as the decoder's linears, (out, in) each; gate and up are one in gpt-oss."""
+    found = dict[str, Tensor]()
+    for name, stacked in tensors.items():
+        place, dot, leaf = name.partition(".experts.")
+        if not dot or stacked.dim() < 2 or leaf[0].isdigit():
+            found[name] = stacked
+            continue
+        part, bias = leaf.removesuffix("_bias"), leaf.endswith("_bias")
+        for number, own in enumerate(stacked):
+            own = own.t() if interleaved and not bias else own  # (out, in), or (out,)
+            parts = {part: own}
+            if part == "gate_up_proj" and not interleaved:
+                parts = dict(zip(("gate_proj", "up_proj"), own.chunk(2), strict=True))
+            for each, tensor in parts.items():
+                found[f"{place}.experts.{number}.{each}.{'bias' if bias else 'weight'}"] = tensor
+    return found

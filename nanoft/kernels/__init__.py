@@ -17,7 +17,7 @@ from torch import Tensor
 from nanoft.attention import Documents
 from nanoft.blocks.deltanet import DeltaNetSizes
 from nanoft.config import LoRAConfig
-from nanoft.kernels import attention, fused
+from nanoft.kernels import attention, experts, fused
 from nanoft.kernels.attention import FastContext
 from nanoft.kernels.block import FastBlock, supports
 from nanoft.kernels.decode import FastCacheContext, twin
@@ -43,10 +43,23 @@ def apply(model: Decoder, lora: LoRAConfig | None = None) -> str:
     return warning
 
 
+def compile_blocks(model: Decoder) -> None:
+    """Fuse the operations between matrix products, block by block; backward recomputes elementwise results.
+
+    With a full memory budget the compiler keeps them: 145 KiB per token and layer of Mistral-7B instead of 93.
+    """
+    # nothing to fuse with it, and its lengths keep changing; not a decorator: it imports the compiler, two seconds
+    attention.attend = torch.compiler.disable(attention.attend)
+    torch._functorch.config.activation_memory_budget = 0.8
+    for block in model.model.layers:
+        block.compile()
+
+
 def _install(model: Decoder) -> None:
     for block in model.model.layers:
         if supports(block):
             block.__class__ = FastBlock
+        experts.install(block)
     model.context_class = FastContext
 
 
@@ -97,6 +110,9 @@ def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
     other = next((i for i, mixer in enumerate(config.mixers) if mixer != config.mixers[0]), -1)
     sizes |= {name: (value[0], value[other]) for name, value in vars(config).items() if value and type(value) is tuple}
     sizes["delta"] = config.delta and DeltaNetSizes(2, 4, 4, 6)
+    if routing := config.routing:
+        layers = routing.layers[0], routing.layers[other]
+        sizes["routing"] = replace(routing, layers=layers, experts=4, chosen=min(routing.chosen, 2), width=8)
     sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
     sizes["ropes"] = tuple(rope and replace(rope, kind="default", context=3) for rope in sizes["ropes"])
     model = Decoder(replace(config, **sizes))

@@ -55,9 +55,7 @@ class FastBlock(Block):
         x = x if self.parallel else y
         if not supports_mlp(self):
             return self.add(y, self.norm(3)(self.mlp(self.norm(2)(x))))
-        mlp = self.mlp
-        projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], *normed(self.norm(2), x))
-        return self.add(y, self.norm(3)(grouped_linear((mlp.down_proj,), fused.activation(mlp, x), *projected)[0]))
+        return self.add(y, self.norm(3)(grouped_mlp(self.mlp, *normed(self.norm(2), x))))
 
 
 def supports(block: nn.Module) -> bool:
@@ -68,14 +66,14 @@ def supports(block: nn.Module) -> bool:
 def supports_mixer(block: Block) -> bool:
     """Recomputing its gate, a GatedDeltaNet's norm is no input: its weight can be trained only as another type."""
     known = type(block.mixer) in OUTPUTS and type(getattr(block.mixer, "norm", None)) in (RMSNorm, type(None))
-    return known and _is_known(block.norm(0), block.mixer)
+    return known and is_known(block.norm(0), block.mixer)
 
 
 def supports_mlp(block: Block) -> bool:
-    return type(block.mlp) is MLP and _is_known(block.norm(2), block.mlp)
+    return type(block.mlp) is MLP and is_known(block.norm(2), block.mlp)
 
 
-def _is_known(norm: Any, half: nn.Module) -> bool:
+def is_known(norm: Any, half: nn.Module) -> bool:
     """Whether norm and linears are of exactly the known types: a subclass may compute something else."""
     linears = [module for name, module in half.named_children() if "_proj" in name]
     adapted = [linear.base if type(linear) in VARIANTS.values() else linear for linear in linears]
@@ -88,6 +86,12 @@ def _attend(attn: SelfAttention, projected: list[Tensor], context: SequenceConte
     heads = fused.heads(attn, projected, rotation) or attn.heads(projected, context)
     y = context.attend(*heads, attn).flatten(2)
     return (y, projected[0]) if attn.gated else (y,)
+
+
+def grouped_mlp(mlp: Any, prepare: Prepare, *inputs: Tensor) -> Tensor:
+    """mlp(prepare(*inputs)); of what it computes, the projections alone are kept."""
+    projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], prepare, *inputs)
+    return grouped_linear((mlp.down_proj,), fused.activation(mlp, inputs[0]), *projected)[0]
 
 
 def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:

@@ -55,7 +55,7 @@ def normed(norm: RMSNorm, x: Tensor) -> tuple[Any, ...]:
 def activation(mlp: MLP, x: Tensor) -> Any:
     """`mlp.activate` as a function of its projections, of which x is one."""
     kind = next((name for name, function in ACTIVATIONS.items() if function is mlp.activation), "")
-    if not kernels(x) or mlp.is_plain or not kind:
+    if not kernels(x) or mlp.is_plain or mlp.limit is not None or not kind:
         return mlp.activate
 
     def activate(*projected: Tensor) -> Tensor:

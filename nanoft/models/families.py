@@ -18,6 +18,16 @@ from nanoft import UserError
 from nanoft.blocks.deltanet import DeltaNetSizes
 from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig
+from nanoft.models.expert_families import (
+    GPT_OSS,
+    GPT_OSS_ONLY,
+    NO_AUXILIARY_LOSS,
+    QWEN3_MOE,
+    ROUTER,
+    SIZES_OF_EXPERTS,
+    gpt_oss,
+    qwen3_moe,
+)
 from nanoft.models.layer_fields import (
     KINDS,
     ROPE_FIELDS,
@@ -45,6 +55,7 @@ class Family:
     field_names: dict[str, str] = field(default_factory=dict)  # READ_FIELDS -> their names in its config.json
     names: tuple[tuple[str, str], ...] = ()  # parts of names in files, and their names in the decoder
     transposed: bool = False  # the weights of linears in blocks are stored as (in, out) (Conv1D in transformers)
+    stacked: bool = False  # experts are stored as stacks of (in, out): see expert_files.py
 
 
 # Fields of a config.json that are read or checked for every family ...
@@ -74,6 +85,7 @@ SCORES = "ForSequenceClassification"  # the end of an architecture's name, inste
 MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13, "n_positions": 1 << 24,
+    **SIZES_OF_EXPERTS,
 }  # fmt: skip
 OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")  # of a wrapper, for all towers
 
@@ -457,6 +469,8 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), "mistral3", {"sliding_window": ()}),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe, QWEN3_MOE, None, NO_AUXILIARY_LOSS, names=ROUTER),
+    "gpt_oss": Family("GptOssForCausalLM", gpt_oss, GPT_OSS, None, GPT_OSS_ONLY, stacked=True),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
