@@ -53,7 +53,6 @@ from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import TrainedAdapter
 from nanoft.objectives import build_objective
 from nanoft.optim import build_optimizer, build_scaler, learning_rate, set_learning_rate
-from nanoft.recompute import compile_blocks
 from nanoft.runtime import distributed
 from nanoft.runtime.device import Machine, choose_device, library_versions, pick_config, seed_everything, select_device
 from nanoft.runtime.energy import EnergyMeter
@@ -159,7 +158,7 @@ def build(
     if config.system.kernels == "auto" and (warning := kernels.apply(model, config.lora if adapters else None)):
         run.print(f"warning: {warning}")
     if config.training.compile:
-        compile_blocks(model)
+        kernels.compile_blocks(model)
     if config.training.sharding == "full":
         sharding.shard_model(model, machine.device)
     optimizer = build_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.training)

@@ -24,6 +24,7 @@ from nanoft.batches import Batches, Sample, TokenDataset, collate
 from nanoft.config import DataConfig, LoRAConfig, TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
+from nanoft.kernels import compile_blocks
 from nanoft.lora import inject_lora
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
@@ -31,7 +32,6 @@ from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.families import decoder_config
 from nanoft.nf4 import Linear4bit
 from nanoft.optim import build_optimizer
-from nanoft.recompute import compile_blocks
 from nanoft.runtime.device import choose_device, seed_everything
 
 HERE = Path(__file__).resolve().parent

@@ -24,7 +24,8 @@ from torch import Tensor
 class AttentionLayer(Protocol):
     """What a context needs to know about the layer that calls it."""
 
-    index: int  # of the block, from 0: which part of a cache is its own
+    index: int  # of the block, from 0
+    source: int  # the block whose keys and values it attends to, those of its part of a cache: mostly its own
     rope: int | None  # which rotation is its own; None: none
     scores: Scores
 
@@ -63,6 +64,7 @@ class SequenceContext:
     def __init__(self, rotations: Sequence[Rotation], documents: Documents | None = None):
         """A rotation for each rope of the model; no documents: each sequence is one."""
         self.rotations, self.documents = rotations, documents
+        self.tensors: dict[tuple[str, int], Tensor] = {}  # what blocks read besides x, by what and of which block
         self._masks: dict[int | None, Tensor] = {}
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
@@ -113,7 +115,7 @@ class CacheContext(SequenceContext):
 
     def write(self, k: Tensor, v: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor, slice]:
         """Write k and v, (b, 1, g, d), into the cache; returns all that are seen, (b, g, k, d), and their slots."""
-        keys, values, end = self.keys[layer.index], self.values[layer.index], self.slot + 1
+        keys, values, end = self.keys[layer.source], self.values[layer.source], self.slot + 1
         keys[:, :, self.slot], values[:, :, self.slot] = k[:, 0], v[:, 0]
         window = layer.scores.window
         seen = slice(0 if window is None else max(0, end - window), end)

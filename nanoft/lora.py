@@ -39,7 +39,7 @@ from nanoft.config import LoRAConfig
 from nanoft.io.untrusted import time_limit
 from nanoft.nf4 import Frozen, matmul
 
-WORDS = {"all-linear": ".layers.", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
+WORDS = {"all-linear": "[.]layers[.]|_model_proj", "attention": "[.]self_attn[.]", "mlp": "[.]mlp[.]"}  # of names
 MATCHING_SECONDS = 5.0  # limit for regular expressions, which may be untrusted: `(.+)+!` never ends
 EXACT_SVD = 1024  # of a larger matrix the largest singular vectors are found by iteration
 SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros can be divided by its norm
@@ -321,8 +321,8 @@ def _settings_by_name(names: list[str], lora: LoRAConfig) -> dict[str, LoRAConfi
 
 
 def linears_of(model: nn.Module) -> dict[str, Frozen]:
-    """Every linear of the blocks."""
-    return {name: m for name, m in targets_of(model).items() if ".layers." in name}
+    """Every linear but the head."""
+    return {name: m for name, m in targets_of(model).items() if matches_target(name, "all-linear")}
 
 
 def targets_of(model: nn.Module) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def targets_of(model: nn.Module) -> dict[str, Any]:
 def matches_target(name: str, target: str) -> bool:
     """Whether a target is a word of WORDS, the end of the name, or a regular expression that matches all of it."""
     if target in WORDS:
-        return WORDS[target] in f".{name}"
+        return re.search(WORDS[target], f".{name}") is not None
     return name == target or name.endswith(f".{target}") or re.fullmatch(target, name) is not None
 
 

@@ -13,11 +13,11 @@ import torch
 from nanoft import UserError
 from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
+from nanoft.kernels import compile_blocks
 from nanoft.lora import inject_lora
 from nanoft.model import Decoder, embedding_noise, select
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
-from nanoft.recompute import compile_blocks
 from tiny_models import CASES, make_reference
 
 CPU = torch.device("cpu")

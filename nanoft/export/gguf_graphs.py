@@ -115,6 +115,12 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "qwen3": Graph((*USUAL, NO_BIASES)),
     "gemma2": Graph((*GEMMA, CAPS, _gemma_scale(46)), windows=True, scales=SOFT_CAPS),
     "gemma3": Graph((*GEMMA, NO_CAPS, LOCAL_ROPE, _gemma_scale(62)), ("default", "linear"), windows=True),
+    "gemma4": Graph(
+        (ALL_ROTATE, WHOLE_HEAD, NO_BIASES, TIED, LOCAL_ROPE, WINDOWS),
+        ("default", "proportional"),
+        windows=True,
+        scales={"final_logit_softcapping": lambda c: c.logit_cap or 0.0},
+    ),
     "phi3": Graph((ALL_ROTATE, NO_GROWTH, SQUARE), ("default", "longrope"), fused=True),
     "olmo2": Graph((*USUAL, NO_BIASES, UNTIED, SQUARE, PERIODIC, LOCAL_ROPE, ONE_THETA), windows=True),
     "exaone4": Graph((WHOLE_HEAD, NO_GROWTH, YARN, OF_32B), WITH_LLAMA3, windows=True),
@@ -145,11 +151,12 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     """Add the metadata of the model, without its tokenizer; return notes."""
     writer.add_block_count(c.num_layers)
     writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
+    full = c.of_layer(c.num_layers - 1)
+    writer.add_feed_forward_length(_of_layers(c, "intermediate_size"))
     writer.add_head_count(c.num_heads)
-    writer.add_head_count_kv(c.num_kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
+    writer.add_head_count_kv(_of_layers(c, "num_kv_heads"))
+    writer.add_key_length(full.head_dim)
+    writer.add_value_length(full.head_dim)
     (writer.add_layer_norm_eps if c.norm == "layer" else writer.add_layer_norm_rms_eps)(c.norm_eps)
     writer.add_vocab_size(c.vocab_size)
     graph = GRAPHS[writer.arch]
@@ -157,6 +164,12 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
         writer.add_float32(f"{writer.arch}.{key}", float(value(c)))
     if writer.arch == "gptneox":
         writer.add_parallel_residual(c.parallel)
+    if writer.arch == "gemma4":
+        writer.add_key_length_swa(c.head_dim)
+        writer.add_value_length_swa(c.head_dim)
+        writer.add_rope_dimension_count_swa(c.head_dim)
+        writer.add_shared_kv_layers(sum("source" in own for own in c.layers))
+        writer.add_embedding_length_per_layer_input(c.per_layer_size)
     notes = _add_rope(writer, c) if c.distinct_ropes else []
     if writer.arch == "granite":
         writer.add_rope_scaling_finetuned(bool(c.distinct_ropes))  # its name for: rotates at all
@@ -164,7 +177,7 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     windows = [window for window in c.windows if window is not None]
     if graph.windows and windows:
         writer.add_sliding_window(windows[0])
-        writer.add_sliding_window_pattern(_period(c))
+        writer.add_sliding_window_pattern([w is not None for w in c.windows] if c.layers else _period(c))
         writer.add_rope_freq_base_swa(
             next(rope.theta for rope, w in zip(c.ropes, c.windows, strict=True) if rope and w)
         )
@@ -180,10 +193,16 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _of_layers(c: DecoderConfig, name: str) -> Any:
+    """A size, if all layers have the same; else that of each."""
+    sizes = [getattr(c.of_layer(layer), name) for layer in range(c.num_layers)]
+    return sizes if len({*sizes}) > 1 else sizes[0]
+
+
 def _add_rope(writer: Any, c: DecoderConfig) -> list[str]:
     """Add how positions turn, besides what `rope_tensors` says; return notes."""
     rope = c.rope
-    writer.add_rope_dimension_count(int(c.head_dim * rope.share))
+    writer.add_rope_dimension_count(int((rope.head_dim or c.head_dim) * rope.share))
     writer.add_rope_freq_base(rope.theta)
     if rope.kind in ("linear", "yarn"):
         writer.add_string(f"{writer.arch}.rope.scaling.type", rope.kind)
@@ -204,7 +223,9 @@ def rope_tensors(c: DecoderConfig) -> dict[str, Tensor]:
     rope = c.rope
     if rope.kind == "longrope":
         return {f"rope_factors_{n}.weight": torch.tensor(rope.parameters[f"{n}_factor"]) for n in ("long", "short")}
-    if rope.kind != "llama3":
+    if rope.kind not in ("llama3", "proportional"):
         return {}
-    exponents = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
-    return {"rope_freqs.weight": rope.theta**-exponents / rope.angles(c.head_dim)[0]}
+    size = rope.head_dim or c.head_dim
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    divisors = rope.theta**-exponents / rope.angles(size)[0]
+    return {"rope_freqs.weight": divisors.clamp(max=1e30)}  # of pairs that do not turn: infinity

@@ -184,9 +184,10 @@ class StreamedDecoder(Decoder):
                 self.set_submodule(name, StreamedLinear(weights, name))
             elif isinstance(module, nn.Embedding):
                 self.set_submodule(name, StreamedEmbedding(weights, name))
-            elif isinstance(getattr(module, "weight", None), nn.Parameter):  # a norm
-                for part in dict(module.named_parameters()):
-                    setattr(module, part, nn.Parameter(weights.whole(f"{name}.{part}")))
+        for name, parameter in list(self.named_parameters()):  # of norms
+            if parameter.is_meta:
+                place, _, part = name.rpartition(".")
+                setattr(self.get_submodule(place), part, nn.Parameter(weights.whole(name)))
         self.requires_grad_(False)
         self.eval()
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nanoft import kernels
 from nanoft.attention import AttentionLayer, CacheContext, Documents, SequenceContext, soft_cap
+from nanoft.blocks import per_layer
 from nanoft.kernels import sharding
 from nanoft.kernels.decode import FastCacheContext, choose_build, prepacked, twin
 from nanoft.model import Decoder
@@ -32,13 +33,14 @@ class PromptContext(SequenceContext):
     """A pass over prompts that keeps their keys and values; rotation and attention are those of another context."""
 
     def __init__(self, context: SequenceContext, keep: Callable[[Tensor, Tensor], None]):
-        self.context, self.keep = context, keep
+        self.context, self.keep, self.tensors = context, keep, context.tensors
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         return self.context.rotate(q, k, layer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        self.keep(k, v)
+        if layer.source == layer.index:
+            self.keep(k, v)
         return self.context.attend(q, k, v, layer)
 
 
@@ -124,6 +126,7 @@ class Decoding:
         trunk = self.model.model
         x = self.model.embed(ids, positions[None])
         context = PromptContext(self.model.context(positions[None], x.dtype, documents), keep)
+        context.tensors |= per_layer.embeddings(trunk, ids, x)
         last = len(trunk.layers) - 1
         for index, block in enumerate(self.blocks()):
             x = block(x, context, (ends - 1).to(self.device) if index == last else None)
@@ -151,6 +154,7 @@ class Decoding:
                 return self.join(sequences, more)
         context = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty))
         x: Any = self.model.embed(newest[:, None], self.positions[:, self.length : self.length + 1])  # (b, 1, n)
+        context.tensors |= per_layer.embeddings(self.model.model, newest[:, None], x)
         self.length += 1
         for block in self.blocks():
             x = block(x, context)

@@ -25,6 +25,7 @@ from nanoft.kernels import fused, metal
 from nanoft.model import SelfAttention
 
 SIMILAR = 0.8  # documents of at least this share of the longest one's length are batched with it
+MOST_DIMENSIONS = 256  # of a head, in FlashAttention
 CHUNK = 256  # queries at a time in `_Chunked`: their weights fit into a CPU's cache
 
 
@@ -109,11 +110,12 @@ def group_documents(documents: Documents) -> tuple[list[tuple[Tensor, Tensor]], 
 
 
 def _needs_chunks(q: Tensor, scores: Scores) -> bool:
-    """PyTorch's kernels know no windows and no caps, Metal's keeps all weights, and a CPU's is slow in bfloat16."""
+    """PyTorch's kernels know neither windows nor caps, on CUDA nor large heads; others are slow or keep all weights."""
     return (
         scores.window is not None
         or scores.cap is not None
         or metal.needs_chunks(q)
+        or (q.is_cuda and q.shape[-1] > MOST_DIMENSIONS)
         or (q.device.type == "cpu" and q.dtype == torch.bfloat16)
     )
 
@@ -139,8 +141,8 @@ def _varlen_kernel() -> Any:
 
 def has_varlen(q: Tensor, scores: Scores) -> bool:
     """Whether one kernel can attend to documents of different lengths."""
-    is_supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and scores.cap is None
-    return is_supported and _varlen_kernel() is not None
+    is_known = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= MOST_DIMENSIONS
+    return is_known and scores.cap is None and _varlen_kernel() is not None
 
 
 def _varlen(flat: list[Tensor], documents: Documents, scores: Scores) -> Tensor:

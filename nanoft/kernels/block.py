@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from nanoft.attention import SequenceContext
 from nanoft.blocks.norms import NORM_KINDS
+from nanoft.blocks.per_layer import finish
 from nanoft.kernels import fused
 from nanoft.kernels.attention import FastContext
 from nanoft.lora import VARIANTS, LoRALinear
@@ -52,10 +53,11 @@ class FastBlock(Block):
             x, y = select(x, target_positions), select(y, target_positions)
         x = x if self.parallel else y
         if not supports_mlp(self):
-            return self.add(y, self.norm(3)(self.mlp(self.norm(2)(x))))
+            return finish(self, self.add(y, self.norm(3)(self.mlp(self.norm(2)(x)))), context, target_positions)
         mlp = self.mlp
         projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], *normed(self.norm(2), x))
-        return self.add(y, self.norm(3)(grouped_linear((mlp.down_proj,), fused.activation(mlp, x), *projected)[0]))
+        y = self.add(y, self.norm(3)(grouped_linear((mlp.down_proj,), fused.activation(mlp, x), *projected)[0]))
+        return finish(self, y, context, target_positions)
 
 
 def supports(block: nn.Module) -> bool:

@@ -93,6 +93,8 @@ class Twin:
         for name, value in vars(module).items():
             if not name.startswith("_"):
                 setattr(self, name, value)
+        for name, parameter in module._parameters.items():
+            setattr(self, name, parameter)
         for name, child in module._modules.items():
             setattr(self, name, None if child is None else twin(child, build))
 

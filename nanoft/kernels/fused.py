@@ -14,7 +14,7 @@ from torch import Tensor
 from nanoft import nf4
 from nanoft.attention import Rotation
 from nanoft.blocks.norms import RMSNorm
-from nanoft.model import ACTIVATIONS, MLP, SelfAttention
+from nanoft.model import ACTIVATIONS, MLP, SelfAttention, identity
 
 Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
 _kernels: dict[str, Any] = {}  # the module, by type of device, where its check has passed
@@ -68,7 +68,8 @@ def activation(mlp: MLP, x: Tensor) -> Any:
 def heads(attn: SelfAttention, projected: list[Tensor], rotation: Rotation | None) -> Heads | None:
     """`SelfAttention.heads` with one kernel for norm and rotation; None if it has no such norms, or no rotation."""
     norms = [norm for norm in (attn.q_norm, attn.k_norm) if type(norm) is RMSNorm and not norm.weight.requires_grad]
-    if rotation is None or len(norms) < 2 or attn.over_width or not kernels(projected[0]):
+    has_others = attn.over_width or attn.v_norm is not identity
+    if rotation is None or len(norms) < 2 or has_others or not kernels(projected[0]):
         return None
     parts = projected if len(projected) == 3 else projected[0].split(attn.widths, dim=-1)
     q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)

@@ -307,7 +307,7 @@ def first_difference(device: torch.device) -> str:
     cos, sin = (part.view(1, 4, 1, 32) for part in (angles.cos(), angles.sin()))
     config = DecoderConfig(8, 64, 64, 1, 1, 1, 64, 1e-5, (Rope(),), False, (None,), "", qk_norm="head")
     attn, layer = SelfAttention(config, 0).to(device), Linear4bit(x.detach().view(4, 64), None, "nf4", True, x.dtype)
-    for norm in filter(None, (attn.q_norm, attn.k_norm)):
+    for norm in (attn.q_norm, attn.k_norm):
         norm.weight = nn.Parameter(w, requires_grad=False)
     pairs = {
         "4-bit weights": (unpack_4bit(layer.parts, "nf4", x.dtype), unpack_table(layer.parts, "nf4", x.dtype)),

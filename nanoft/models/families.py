@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nanoft import UserError
 from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig
+from nanoft.models import gemma4
 from nanoft.models.layer_fields import (
     KINDS,
     ROPE_FIELDS,
@@ -37,7 +38,7 @@ class Family:
 
     architecture: str  # its name in config.json
     switches: Callable[[Fields], dict[str, Any]]  # config.json -> the DecoderConfig fields in which families differ
-    fields: tuple[str, ...]  # of config.json that `switches` reads, besides READ_FIELDS
+    fields: Sequence[str]  # of config.json that `switches` reads, besides READ_FIELDS
     gguf: str | None  # its name in llama.cpp; None: not exported
     only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # fields that may have these values alone
     field_names: dict[str, str] = field(default_factory=dict)  # READ_FIELDS -> what its config.json calls them
@@ -192,7 +193,7 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
     """The fields with the rope in both forms; transformers 4 and 5 each use a default if only the other's is there."""
     ropes, share, family = decoder_config({**hf}).distinct_ropes, dict[str, Any](), FAMILIES[find_family(hf)]
-    if not ropes:
+    if not ropes or find_family(hf).startswith("gemma4"):  # which version 4 does not know
         return {**hf}
     rope, *local = ropes
     current = full = current_form(rope)
@@ -412,6 +413,10 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
     ),
+    "gemma4_text": Family("Gemma4ForCausalLM", gemma4.read_text, gemma4.FIELDS, "gemma4", gemma4.ONLY),
+    "gemma4_unified_text": Family(
+        "Gemma4UnifiedForCausalLM", gemma4.read_unified, gemma4.FIELDS, "gemma4", gemma4.ONLY
+    ),
     "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, "phi3", NO_DROPOUT),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), "olmo2"),
     "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), "olmo2"),
@@ -456,26 +461,30 @@ FAMILIES: dict[str, Family] = {  # by model_type
 GEMMA3_TEXT = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
 WRAPPERS: dict[str, dict[str, Fields]] = {
     "Gemma3ForConditionalGeneration": {"gemma3_text": {**GEMMA3_TEXT, "max_position_embeddings": 131_072}},
+    "Gemma4ForConditionalGeneration": {"gemma4_text": {}},
+    "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": {}},
     "Mistral3ForConditionalGeneration": {"mistral": {}, "ministral3": {}},
 }
 
 
 def _check_shape(config: DecoderConfig) -> None:
     """Refuse values that no decoder can have, before they fail deep inside one."""
-    heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
-    if heads % groups:
-        raise UserError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads, {groups}")
-    if size % 2 or size < 1:
-        raise UserError(f"head_dim: {size} is not even: its dimensions are rotated in pairs")
+    for own in map(config.of_layer, range(config.num_layers)):
+        heads, groups, size = own.num_heads, own.num_kv_heads, own.head_dim
+        if heads % groups:
+            raise UserError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads, {groups}")
+        if size % 2 or size < 1:
+            raise UserError(f"head_dim: {size} is not even: its dimensions are rotated in pairs")
     if type(config.norm_eps) not in (int, float) or not 0 <= config.norm_eps < 1:
         raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not between 0 and 1")
     for window in config.windows:
         if window is not None and (type(window) is not int or not 1 <= window <= 1 << 31):
             raise UserError(f"sliding_window: {window!r:.60} is not a number of tokens")
-    for name, own in (("layer_types", config.windows), ("no_rope_layers", config.ropes)):
-        if len(own) != config.num_layers:
-            raise UserError(f"{name}: {len(own)} entries: give one for each of {config.num_layers} layers")
+    for name, values in (("layer_types", config.windows), ("no_rope_layers", config.ropes)):
+        if len(values) != config.num_layers:
+            raise UserError(f"{name}: {len(values)} entries: give one for each of {config.num_layers} layers")
     for rope in config.distinct_ropes:
+        size = rope.head_dim or config.head_dim
         rotated = int(size * rope.share)
         if rotated % 2 or not rotated:
             raise UserError(f"partial_rotary_factor: {rope.share}: {rotated} of {size} dimensions: not pairs")

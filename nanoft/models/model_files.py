@@ -36,9 +36,10 @@ SPELLINGS = [
     (r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
     (OUTER + r"(?=lm_head\.)", ""),
     (r"\.weight_scale$", ".weight_scale_inv"),
-    (OUTER + r"(?=(?:layers\.\d+|embed_tokens|embed_positions|norm)\.)", "model."),
+    (OUTER + r"(?=(?:layers\.\d+|embed_tokens\w*|embed_positions|norm|per_layer_\w+)\.)", "model."),
 ]
-TOWERS = r"(model\.)?(vision_tower|multi_modal_projector)\."  # of a wrapper besides text: never loaded
+# Of a wrapper besides text: never loaded.
+TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio|vision_embedder)\."
 # What a directory or repository without a model's files is, by a file in it, and what to name instead.
 INSTEAD = {
     "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "
@@ -192,7 +193,10 @@ class ModelFiles:
 
 def is_block_linear(name: str) -> bool:
     """Whether a parameter is the weight of a linear in a block, which is what quantization applies to."""
-    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+    return (
+        re.search(r"^model\.(layers\..*(_proj|_gate|_projection)|per_layer_model_projection)\.weight$", name)
+        is not None
+    )
 
 
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:

@@ -169,7 +169,8 @@ def load_model(
         else:
             place, _, leaf = name.rpartition(".")
             value = tensor if packed is None else packed.dequantize().to(dtype)  # packed: a head
-            setattr(model.get_submodule(place), leaf, nn.Parameter(value))
+            own = model.get_parameter(name)
+            setattr(model.get_submodule(place), leaf, nn.Parameter(value, requires_grad=own.requires_grad))
     return model
 
 

@@ -154,19 +154,21 @@ def estimate_memory(
     tokens = rows * length
     bits = 16 if full or config.quantization.dequantize == "cached" else config.quantization.bits
     moments = OPTIMIZERS[config.training.optimizer].bytes_per_parameter(config.training)
-    block = kept_by_block(decoder, counts, config, e) * tokens
-    waiting = {"all": block, "input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
+    layers = [decoder.of_layer(layer) for layer in range(decoder.num_layers)]
+    blocks = [kept_by_block(layer, counts, config, e) * tokens for layer in layers]
+    waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     cpu = device_type == "cpu"
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
-    inner = decoder.intermediate_size / (2 if decoder.mlp == "plain" else 1)  # without a gate there is half of it
+    widest = max(layer.intermediate_size for layer in layers)
+    inner = widest / (2 if decoder.mlp == "plain" else 1)  # without a gate there is half of it
     transient = (wide * inner + narrow * decoder.hidden_size) * tokens * e
-    again = max((block for one in keep if one != "all"), default=0.0)  # one of these at a time
+    again = max((block for block, one in zip(blocks, keep, strict=True) if one != "all"), default=0.0)  # one at a time
     targets = tokens * target_share
     chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
     split = config.training.sharding == "full"
     part = 1 / config.system.ranks if split else 1.0  # of weights, gradients and moments, on each rank
     gathered = stored * (2 * counts.linears / decoder.num_layers + counts.others)  # this block, the next, and the rest
-    unpacked = decoder.hidden_size * decoder.intermediate_size * e * (bits < 16)  # the largest weight, for its product
+    unpacked = decoder.hidden_size * widest * e * (bits < 16)  # the largest weight, for its product
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
     windowed = any((w or length) < length for w in decoder.windows)
@@ -186,7 +188,7 @@ def estimate_memory(
         "cast weights": part * counts.linears * e if full and e < 4 else 0.0,  # for the products, by autocast
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
-        "activations": sum(waiting[one] for one in keep),
+        "activations": sum(waiting.get(one, block) for block, one in zip(blocks, keep, strict=True)),
         "backward": again + transient + unpacked + scores + 2 * slopes * cpu,
         # a chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these
         "loss": chunk * decoder.vocab_size * (2 * e + 4)
@@ -210,6 +212,13 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> f
     if full:  # normed inputs, silu(gate) and the product, too
         kept += 2 * c.hidden_size + inner
         normed += c.hidden_size * sum(map(bool, before))
+    if c.source is not None:  # its keys and values are kept by another block, but for the rotation
+        kept, normed = kept - k, normed - k * bool(c.qk_norm)
+    elif c.v_norm:
+        normed += k
+    if c.per_layer_size:  # gate, gelu(gate), the token's own, their product, and one more residual
+        kept += c.hidden_size + 4 * c.per_layer_size
+        normed += c.hidden_size + c.per_layer_size
     kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
     if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
         kept += 2 * q + 2 * k + inner + c.hidden_size
@@ -242,7 +251,8 @@ def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, leng
     A product with n weights costs 2 n forward, 2 n for the gradient of its input, 2 n for its own if it is trained.
     Causal attention: 2 q (length + 1) forward, 2.5 times that backward. `again` is the share of blocks computed twice.
     """
-    attention = 2 * decoder.num_layers * decoder.num_heads * decoder.head_dim * (length + 1)
+    sizes = sum(decoder.of_layer(layer).head_dim for layer in range(decoder.num_layers))
+    attention = 2 * decoder.num_heads * sizes * (length + 1)
     frozen = counts.linears * (2 + 2 + 2 * again) + attention * (3.5 + again)
     head = 0.5 * decoder.vocab_size * decoder.hidden_size
     if config.training.method == "full":
@@ -290,7 +300,8 @@ class Planner:
         if not self.config.sampled_tokens:
             return 0.0
         c, e, answers = self.decoder, self.machine.dtype.itemsize, self.config.effective_batch_size()
-        slots = 2.0 * c.num_layers * c.num_kv_heads * c.head_dim * length * e
+        own = [layer for layer in map(c.of_layer, range(c.num_layers)) if layer.source is None]
+        slots = 2.0 * sum(layer.num_kv_heads * layer.head_dim for layer in own) * length * e
         # logits, at a temperature, their softmax and its sums; with top_p also sorted
         logits = c.vocab_size * (e + 16.0 + 16.0 * (self.config.rl.top_p < 1))
         needed = answers / self.config.system.ranks * (slots + logits)

@@ -155,7 +155,10 @@ class TrainContext:
 
     def trained_weights(self) -> dict[str, Tensor]:
         """What a checkpoint saves of the model."""
-        return adapter_tensors(self.adapters) if self.adapters else {name: p.detach() for name, p in self.trained}
+        if self.adapters:
+            return adapter_tensors(self.adapters)
+        sharding.reshard(self.model)
+        return {name: p.detach() for name, p in self.model.named_parameters()}
 
     @property
     def weights_file(self) -> str:
@@ -235,7 +238,7 @@ def load_weights(ctx: TrainContext, saved: Checkpoint) -> None:
     if ctx.adapters:
         load_adapter_tensors(ctx.adapters, tensors, str(saved.path))
     else:
-        copy_matching({name: parameter.detach() for name, parameter in ctx.trained}, tensors, str(saved.path))
+        copy_matching(ctx.trained_weights(), tensors, str(saved.path))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
