@@ -20,11 +20,11 @@ add = PARSER.add_argument
 add("source", metavar="RUN|MODEL", help="run directory, adapter, model directory or Hub name")
 add("overrides", nargs="*", metavar="section.field=value", help="change a setting of the run")
 add("--data", metavar="FILE", help="evaluate on this file; default: the run's validation data")
-add("--compare-base", action="store_true", help="evaluate the base model, too")
-add("--by", metavar="FIELD", help="perplexity for each value of a field of the records")
+add("--compare-base", action="store_true", help="evaluate the base model too")
+add("--by", metavar="FIELD", help="perplexity for each value of this field of the records")
 add("--general", metavar="FILE", help="forgetting: perplexity of this text, compared with the base model's")
-add("--quantization", action="store_true", help="base and adapter on original and on quantized weights")
-add("--json", metavar="FILE", help="write the figures to a file")
+add("--quantization", action="store_true", help="compare base and adapter on original and quantized weights")
+add("--json", metavar="FILE", help="write the figures to this file")
 add("--report", metavar="FILE", help="write a Markdown report: wins, losses, worst answers")
 
 if __name__ == "__main__":
@@ -48,6 +48,7 @@ from nanoft.evaluation.quantization import compare_quantization
 from nanoft.evaluation.report import ReportInputs, report
 from nanoft.io.atomic import replace_file
 from nanoft.io.hub import use_cache
+from nanoft.io.tables import for_terminal
 from nanoft.io.untrusted import redact
 from nanoft.lora import disabled
 from nanoft.metrics import answers
@@ -59,7 +60,7 @@ from nanoft.runtime.device import choose_device, choose_dtype, seed_everything
 from nanoft.tracking.run import to_json
 from nanoft.training.validation import validate_config
 
-# Settings that define the model: with others, something would be evaluated that nobody trained.
+# Settings that define the model: changing them would evaluate a model that was never trained.
 FIXED = ("model.name", "model.random_init", "data.control_tokens", "quantization.", "lora.", "training.")
 
 
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> int:
             )
         )  # fmt: skip
         text = f"{text.removeprefix(chr(10))}\n\nleakage   {held_out.leakage['said']}"
-    print(redact(text))
+    print(for_terminal(redact(text)))
     write(args.json, "--json", to_json(values, indent=2) + "\n")
     write(args.report, "--report", markdown)
     return 0
@@ -127,19 +128,19 @@ def read_config(args: argparse.Namespace) -> Config:
     """The run's own config, or defaults for a plain model, with the overrides."""
     overrides = args.overrides + ([f"evaluation.by_field={args.by}"] if args.by else [])
     if fixed := [item for item in overrides if item.strip().startswith(FIXED)]:
-        raise UserError(f"{fixed[0]}: cannot be changed here: it defines what {args.source} is: remove it")
+        raise UserError(f"{fixed[0]}: cannot be changed here, because it defines {args.source}: remove it")
     if is_run(args.source):
         return load_config(Path(args.source) / "config.json", overrides)
     return Config().override({**read_overrides(overrides), "model.name": args.source})
 
 
 def check_arguments(args: argparse.Namespace, config: Config) -> None:
-    """Refuse files that cannot be read or written before the work, not after it."""
+    """Reject files that cannot be read or written before the work, not after it."""
     for flag, file in (("--json", args.json), ("--report", args.report)):
         if file and (os.path.isdir(file) or not os.access(Path(file).parent, os.W_OK)):
-            raise UserError(f"{flag}: {file}: is a directory, or its directory is not there or read-only: name a file")
+            raise UserError(f"{flag}: {file}: a directory, or in a missing or read-only directory: name another file")
     if args.general and not os.path.isfile(args.general):
-        raise UserError(f"--general: {args.general}: no such file")
+        raise UserError(f"--general: {args.general}: no such file: check the path")
     if args.compare_base and is_run(args.source) and config.model.random_init:
         raise UserError(f"--compare-base: {args.source} started from random weights: remove --compare-base")
 
@@ -150,11 +151,11 @@ def has_base(source: str, loaded: LoadedModel, config: Config) -> bool:
 
 @contextlib.contextmanager
 def base_of(source: str, config: Config, loaded: LoadedModel) -> Iterator[LoadedModel]:
-    """The same model with its adapters off; after training on preferences or in full, as it was before."""
+    """The same model without its adapters; after training on preferences or in full, the model before training."""
     start = config.lora.start_from if is_run(source) else ""
     if start and OBJECTIVES[config.training.objective].learns != "turns":  # `loaded` has this adapter from here on
         load_adapter_tensors(loaded.adapters, read_trained_adapter(start, config.model.reference).tensors, start)
-        loaded.model.eval()  # DoRA forgets the norms of the weights before
+        loaded.model.eval()  # so that DoRA discards the norms of the previous weights
         yield loaded
     elif loaded.adapters:
         with disabled(loaded.adapters):

@@ -23,19 +23,19 @@ ELSEWHERE = {"onnx": "optimum-cli export onnx --model {out} {out}-onnx", "tensor
 PARSER = Arguments(prog="merge.py", description=__doc__)
 add = PARSER.add_argument
 add("sources", nargs="+", metavar="RUN|ADAPTER", help="run or adapter directories; several are summed")
-add("--out", required=True, metavar="DIR", help="a new directory; for GGUF, or FILE.gguf")
+add("--out", required=True, metavar="DIR", help="a new directory; for GGUF, optionally FILE.gguf")
 add("--format", default="hf", choices=["hf", "peft", "mlx", *GGUF, *ELSEWHERE], help="default: hf, a merged model")
-add("--dtype", choices=DTYPES, help="of the weights; default: the base's, f16 for gguf, f32 for gguf-lora")
-add("--base", default="original", choices=["original", "nf4"], help="merge onto the original or the quantized weights")
+add("--dtype", choices=DTYPES, help="of the weights; default: that of the base, f16 for gguf, f32 for gguf-lora")
+add("--base", default="original", choices=["original", "nf4"], help="merge into the original or the quantized weights")
 add("--weights", metavar="W,...", help="factor of each adapter; default: 1 each")
 add("--only", metavar="WHAT,...", help="attention, mlp, names of modules or regular expressions; default: all")
 add("--unmerge", metavar="DIR", help="subtract the adapter from this merged model")
 add("--shard-size", default="5GB", metavar="SIZE", help="maximum size of a weights file, such as 500MB; default: 5GB")
-add("--verify", action="store_true", help="compare merges onto both bases with the trained model, on held-out tokens")
+add("--verify", action="store_true", help="compare merges into both bases with the trained model, on held-out tokens")
 add("--parity-tokens", type=int, default=24, metavar="N", help="tokens of each answer in parity.json; default: 24")
 add("--base-model", metavar="DIR", help="the base, if it is not where the adapter says")
 add("--fold", action="store_true", help="--format peft: one rank and one alpha for all modules, for vLLM")
-add("--any-base", action="store_true", help="accept a base whose files are not those of training")
+add("--any-base", action="store_true", help="accept a base whose files differ from those of training")
 add("--push", metavar="REPO", help="upload the result to this repository on the Hub")
 add("--private", action=argparse.BooleanOptionalAction, default=True, help="a new repository is private; default: yes")
 
@@ -57,6 +57,7 @@ from nanoft.export.gguf import export_gguf
 from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
 from nanoft.io.atomic import new_directory, require_new, write_file, write_json
+from nanoft.io.tables import for_terminal
 from nanoft.models.adapter_files import adapter_tensors, fold_patterns, save_mlx
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel, TrainedAdapter, open_chat_tokenizer, use_cache_of
@@ -70,30 +71,30 @@ def main(argv: list[str]) -> int:
     return_freed_memory()
     check_arguments(args)
     use_cache_of(args.sources[0])
-    print("\n".join(export_gguf(args) if args.format in GGUF else export_directory(args)))
+    print(for_terminal("\n".join(export_gguf(args) if args.format in GGUF else export_directory(args)), prose=""))
     if args.push:
         print(f"pushed to {model_card.push(Path(args.out), args.push, args.private)}")
     return 0
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot be done, before anything is read."""
+    """Reject what cannot be done, before anything is read."""
     require_new(args.out)
     if args.format in ELSEWHERE:
         command = ELSEWHERE[args.format].format(out=args.out)
-        raise UserError(f"--format: {args.format} is not written here: merge with --format hf first, then: {command}")
+        raise UserError(f"--format: nanoft does not write {args.format}: merge with --format hf first, then: {command}")
     if args.format != "gguf":
         for source in args.sources:
             export.require_adapter(source)
     if args.dtype and args.format == "hf" and args.dtype not in EXPORT_DTYPES:
-        raise UserError(f"--dtype: {args.dtype}: only --format gguf has it: add it, or choose bf16, f16 or f32")
+        raise UserError(f"--dtype: {args.dtype}: for --format gguf only: add that, or choose bf16, f16 or f32")
     given = {"--dtype": args.dtype and args.format not in GGUF, "--unmerge": args.unmerge, "--verify": args.verify}
     if args.fold and args.format != "peft":
         raise UserError("--fold: needs --format peft: remove one of the two")
     if unused := [flag for flag, value in given.items() if value and args.format != "hf"]:
         raise UserError(f"{unused[0]}: needs --format hf: remove one of the two")
     if args.unmerge and (args.base != "original" or args.verify):
-        raise UserError("--unmerge: takes that model's weights as they are: remove --base and --verify")
+        raise UserError("--unmerge: uses that model's weights as they are: remove --base and --verify")
     if args.parity_tokens < 0:
         raise UserError(f"--parity-tokens: {args.parity_tokens} is out of range: it must be >= 0 (0: no answers)")
     if args.push and args.out.endswith(".gguf"):
@@ -116,7 +117,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
             export.require_same_base(adapter)
         has_score = opened.model.config.has_score
         if has_score and args.verify:
-            raise UserError("--verify: compares perplexities, which a reward model does not have: remove it")
+            raise UserError("--verify: compares perplexities, but a reward model has none: remove --verify")
         adapter = replace(adapter, tensors=adapter_tensors(opened.adapters))  # one copy in memory
         if opened.step is not None:
             print(f"{source}: has no result yet: exporting its best checkpoint, after step {opened.step}")
@@ -134,7 +135,7 @@ def export_directory(args: argparse.Namespace) -> list[str]:
             export.write_peft(staging, opened, adapter)
             lines = ["the adapter in PEFT's format"]
             if adapter.lora.rank_pattern or adapter.lora.alpha_pattern:
-                lines.append("note: vLLM scales all modules by the file's alpha / r, and ignores patterns: add --fold")
+                lines.append("note: vLLM scales all modules by the file's alpha / r and ignores patterns: add --fold")
         export.save_template(Path(source), staging)
         model = StreamedDecoder(open_rows(staging)) if args.format == "hf" else opened.model
         weights = verify.describe_weights(opened, merged=args.format == "hf")
@@ -164,7 +165,7 @@ def verify_merged(
     proof = verify.verify_merge(opened, merged, verify.proof_prompts(chat, samples), dtype)
     if not proof.holds:
         raise UserError(
-            f"--out: {args.out}: the merged model is not base + adapter: {proof}: try --dtype f32; nothing was kept"
+            f"--out: {args.out}: the merged model is not base + adapter: {proof}: nothing was kept: try --dtype f32"
         )
     name, stored = str(dtype).removeprefix("torch."), ModelFiles.read(opened.base_directory).quantization
     form = opened.quantization[0] if opened.quantization and (args.base == "nf4" or stored) else "original"
@@ -172,11 +173,11 @@ def verify_merged(
     lines = [f"{what} in {name}; verified against base + adapter:", str(proof)]
     facts: dict[str, Any] = {"dtype": name, "onto": form, "proof": asdict(proof)}
     if not samples:
-        lines.append("note: verified on a few plain texts only, because the data of the run is not available")
+        lines.append("note: verified on a few plain texts only, because the run's data is not available")
     if proof.effect < proof.allowed:
-        lines.append(f"note: rounding to {name} may erase so weak an adapter: --dtype f32 keeps it")
+        lines.append(f"note: rounding to {name} may erase an adapter this weak: --dtype f32 keeps it")
     if stored:
-        lines.append(f"note: the base is stored in {form}: there are no other original weights")
+        lines.append(f"note: the base is stored in {form} only: there are no original weights in full precision")
     if args.unmerge:
         stored_in = str(ModelFiles.read(Path(args.unmerge)).dtype()).removeprefix("torch.")
         lines.append(f"note: the merged weights had been rounded to {stored_in}, which cannot be undone")

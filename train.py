@@ -18,13 +18,13 @@ from nanoft.runtime.command import FORCEABLE, Arguments, StopRequest, command, i
 def build_parser() -> Arguments:
     parser = Arguments(prog="train.py", description=__doc__)
     parser.add_argument("config", nargs="?", help="Python, YAML, JSON file, or auto; default: configs/tiny.py")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="change a setting; or another file")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="a setting to change, or a file")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
-    parser.add_argument("--show-batch", action="store_true", help="print the first batch as the model sees it and stop")
-    parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N and stop")
-    parser.add_argument("--plan", action="store_true", help="print memory and time before anything is loaded and stop")
-    parser.add_argument("--preflight", action="store_true", help="check data, memory and disk and stop")
-    parser.add_argument("--selftest", action="store_true", help="check nanoft's promises on this config and stop")
+    parser.add_argument("--show-batch", action="store_true", help="show the first batch as the model sees it, and stop")
+    parser.add_argument("--show-step", type=int, metavar="N", help="print the batch of optimizer step N, and stop")
+    parser.add_argument("--plan", action="store_true", help="estimate memory and time, load nothing, and stop")
+    parser.add_argument("--preflight", action="store_true", help="check data, memory and disk, and stop")
+    parser.add_argument("--selftest", action="store_true", help="check nanoft's guarantees on this config, and stop")
     parser.add_argument("--force", action="append", default=[], choices=FORCEABLE, help="continue if this check fails")
     return parser
 
@@ -77,12 +77,12 @@ def main(argv: list[str]) -> int:
     source = setup.read_source(pick_config(positional) if path == "auto" else path, positional)
     config, start = setup.read_start(source.config)  # None, unless lora.start_from continues from an adapter
     if args.plan:
-        if distributed.world_size() > 1:  # alone, system.ranks says for how many processes to plan
+        if distributed.world_size() > 1:  # a single process plans for system.ranks processes
             config = distributed.resolve_world_size(config)
         return distributed.broadcast_from_rank0(lambda: show_plan(config))
     if args.selftest:
         if distributed.world_size() > 1:
-            raise UserError("--selftest: is for one process: start train.py without torchrun")
+            raise UserError("--selftest: runs in one process: start train.py without torchrun")
         with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as scratch:
             return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args, start, [])
     return fine_tune(config, args, start, source.fields)
@@ -103,7 +103,7 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
         if args.selftest:
             planner = replace(planner, config=self_test.shorten(planner.config))
         config, shows_data = planner.config, args.show_batch or args.show_step is not None
-        if not (shows_data or args.preflight or args.selftest):  # whose lines are the result
+        if not (shows_data or args.preflight or args.selftest):  # for these, the lines are the result
             run.level = config.logging.level
         if not shows_data:
             require_room(planner, args.force)  # before a large model is downloaded
@@ -159,8 +159,7 @@ def build(
         run.print(f"warning: {warning}")
     if config.training.compile:
         kernels.compile_blocks(model)
-    if config.training.sharding == "full":
-        sharding.shard_model(model, machine.device)
+    setup.place_model(model, config, machine.device)
     optimizer = build_optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], config.training)
     return TrainContext(
         config=config, run=run, machine=machine, files=files, tokenizer=tokenizer, corpus=corpus, batches=batches,
@@ -172,7 +171,7 @@ def build(
 
 
 def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState:
-    """The loop. Returns the state after the last step; a checkpoint of it is on the disk."""
+    """The loop. Returns the state after the last step, which has been saved in a checkpoint."""
     c, monitor, energy = ctx.config, MemoryMonitor(ctx.device), EnergyMeter(ctx.device)
     ctx.model.train()
     with ctx.writer, Profiler(c, ctx.run) as profiler, progress.progress_bar(ctx, state) as bar:
@@ -190,14 +189,14 @@ def train(ctx: TrainContext, state: TrainState, stop: StopRequest) -> TrainState
                 set_learning_rate(ctx.optimizer, lr)
                 with ctx.autocast():
                     windows = ctx.objective.windows(ctx.model, window, ctx.batches.micro_batch_size, stop)
-                if not windows:  # a signal came while answers were sampled
+                if not windows:  # a signal arrived while answers were being sampled
                     continue
                 for window in windows:
                     loss, grad_norm = accumulate(ctx, window)  # raises GradientOverflow
                     spike = guard.check(c.guard, state.guard, loss, grad_norm, window)  # raises SkipStep, RollBack
                     if spike:
                         recovery.warn_of_window(ctx, state, "spike", SkipStep(spike, loss, grad_norm, window))
-                    state.updates += 1  # from here on, running out of memory leaves half a step
+                    state.updates += 1  # from here on, running out of memory would leave half a step
                     with distributed.same_exception(ctx.device):
                         ctx.optimizer.step()
                     profiler.step(state.step + 1, ctx.trained, grad_norm)

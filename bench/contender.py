@@ -24,7 +24,7 @@ from nanoft.batches import Batches, Sample, TokenDataset, collate
 from nanoft.config import DataConfig, LoRAConfig, TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
-from nanoft.kernels import compile_blocks
+from nanoft.kernels import compile_blocks, fused
 from nanoft.lora import inject_lora
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
@@ -41,7 +41,7 @@ IGNORE = -100  # the label of a token that is not a target
 # Options that any peer must accept, those that only bench/peer.py has as well, and those that only nanoft has.
 EVERY_PEER = "hidden layers heads kv ffn vocab seq bs steps warmup dtype ckpt nf4 r".split()  # noqa: SIM905
 OWN_PEER = "masked packed micro threads seed ids".split()  # noqa: SIM905
-OURS = "offload compile dequant".split()  # noqa: SIM905
+OURS = "offload compile dequant triton".split()  # noqa: SIM905
 # Median tokens of prompt and of reply, and the deviation of their logarithm: much like GSM8K in a chat template.
 PROMPT_LENGTH, REPLY_LENGTH = (130, 0.4), (110, 0.6)
 # Of the loss, in nats, and of the gradient norm, relative: about ten times the effect of another order of summation.
@@ -85,6 +85,7 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     add("--ids", type=Path, help="a .npz of token ids, labels, lengths, steps and rows")
     add("--offload", type=int, nargs="?", const=1, default=0, help="nanoft: offload the inputs of blocks to the CPU")
     add("--compile", type=int, nargs="?", const=1, default=0, help="nanoft: torch.compile each block")
+    add("--triton", type=int, default=1, help="nanoft: 0: PyTorch's operations in the place of Triton's kernels")
     add("--dequant", choices=["per_use", "cached"], default="per_use", help="nanoft: dequantize at each use, or once")
 
 
@@ -192,7 +193,17 @@ def measure(
         seconds.append(time.perf_counter() - started)
         losses.append(float(loss))
         norms.append(float(norm))
-    counted, seconds = steps[args.warmup :], seconds[args.warmup :]
+    return figures(args, device, (seconds, losses, norms), loaded_mb)
+
+
+def figures(
+    args: argparse.Namespace, device: Any, steps_taken: tuple[list[float], list[float], list[float]], loaded_mb: int
+) -> dict[str, Any]:
+    """The line of JSON, from seconds, losses and gradient norms of all steps, and the peak memory before the first."""
+    import torch
+
+    seconds, losses, norms = steps_taken
+    counted, seconds = read_steps(args)[args.warmup :], seconds[args.warmup :]
     speeds = [sum(len(text.ids) for text in texts) / s for texts, s in zip(counted, seconds, strict=True)]
     work = [gflop_of_step(args, texts) for texts in counted]
     cuda = device.type == "cuda"
@@ -204,7 +215,7 @@ def measure(
         "peak_rss_mb": peak_rss_mb(),
         "peak_cuda_mb": torch.cuda.max_memory_allocated() // 2**20 if cuda else None,
         "reserved_cuda_mb": torch.cuda.max_memory_reserved() // 2**20 if cuda else None,
-        "loaded_rss_mb": loaded_mb,  # the peak before the first step
+        "loaded_rss_mb": loaded_mb,
         "threads": torch.get_num_threads(),
         "speeds": [round(speed, 2) for speed in speeds],
         "losses": [round(loss, 6) for loss in losses],
@@ -242,6 +253,8 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     load_adapter_tensors(adapters, {name: random_weight(args, name, shapes[name], device) for name in shapes}, "seed")
     if args.ckpt:
         model.activation_policy = ["offloaded" if args.offload else "input"] * args.layers
+    if not args.triton:
+        fused.enable = lambda _: ""
     warning = kernels.apply(model)
     assert not warning, warning  # the reference path is not what is measured
     if args.compile:
@@ -400,6 +413,47 @@ def run_matmul(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def time_kernels(args: argparse.Namespace) -> dict[str, Any]:
+    """Triton's kernels and their formulas, forward and backward, in sizes of the model: microseconds, difference."""
+    import torch
+
+    from nanoft.kernels.triton_kernels import with_formulas
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    for heads, size in ((1, args.hidden), (args.heads, args.hidden // args.heads)):
+        chance = torch.Generator(device).manual_seed(args.seed)
+        x = torch.randn(1, args.seq, heads, size, generator=chance, device=device).to(torch.bfloat16).requires_grad_()
+        angles = torch.rand(1, args.seq, 1, size // 2, generator=chance, device=device)
+        cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+        for name, functions in with_formulas(x, cos, sin, torch.ones(size, device=device).bfloat16()).items():
+            outputs, times = zip(*(timed(function, x, device) for function in functions), strict=True)
+            differences = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*outputs, strict=True)]
+            found[f"{name}, {args.seq} x {heads} x {size}"] = {
+                "us": round(times[0], 1),
+                "formula_us": round(times[1], 1),
+                "speedup": round(times[1] / times[0], 2),
+                "difference": max(differences),  # relative to the largest number
+            }
+    return {"kernels": found}
+
+
+def timed(function: Callable[[], Any], x: Any, device: Any) -> tuple[list[Any], float]:
+    """What a function of x returns, with its gradient if it has one, in float32; and the median of microseconds."""
+    import torch
+
+    seconds = []
+    for _ in range(12 if device.type == "cuda" else 1):
+        started = time.perf_counter()
+        outputs = [function()]
+        if outputs[0].requires_grad:
+            outputs += torch.autograd.grad(outputs[0], x, outputs[0].detach().cos())
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return [output.detach().float() for output in outputs], 1e6 * statistics.median(seconds)
+
+
 def device_name(_: argparse.Namespace) -> dict[str, str]:
     import torch
 
@@ -411,6 +465,7 @@ CONTENDERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "matmul": run_matmul,
     "pack": write_packed,
     "device": device_name,
+    "kernels": time_kernels,
 }
 
 

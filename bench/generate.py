@@ -1,10 +1,11 @@
-"""Greedy generation, nanoft and transformers' `generate`: tokens per second, and are they the same tokens?
+"""Greedy generation, nanoft, transformers' `generate` and unsloth: tokens per second, and are they the same tokens?
 
     python bench/generate.py                       every case; writes bench/generate.json and bench/generate.md
+    python bench/generate.py --environments DIRECTORY      unsloth, too, from bench/environments.py
     python bench/generate.py --case "small bfloat16 16" --rounds 1
     python bench/generate.py --side nanoft --model tiny --batch 32      one side, alone; prints one line of JSON
 
-Both sides run in fresh processes, one after another, in an order that rotates every round, on one thread, with the same
+All sides run in fresh processes, one after another, in an order that rotates every round, on one thread, with the same
 weights, prompts, stop ids and limit. The number of prompts is four times the batch size, and at least 16; their lengths
 differ, as in an evaluation. `generate` runs a batch until its longest answer ends, then the next batch; nanoft gives
 the place of a finished answer to the next prompt. A token counts if it belongs to an answer, the stop id included;
@@ -24,15 +25,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from contender import HERE, add_step_options, build_nanoft, peak_rss_mb
-from step import Failed, in_process, machine, ratio, say, spread, versions
+from environments import python_of
+from step import Failed, flags, in_process, machine, ratio, rotated, say, spread, versions
 
 from nanoft import kernels
 from nanoft.data.chat_tokenizer import ChatTokenizer
@@ -109,7 +113,7 @@ def measure(
     }
 
 
-# ---- The two sides
+# ---- The sides
 
 
 def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
@@ -132,26 +136,62 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     return measure(args, answer)
 
 
-def run_peer(args: argparse.Namespace) -> dict[str, Any]:
+def run_transformers(args: argparse.Namespace) -> dict[str, Any]:
     import torch
-    from peer import draw_weights
-    from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    if args.model == "small":
+        return run_generate(args, random_base(args))
+    dtype = getattr(torch, args.dtype)
+    return run_generate(args, AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype, attn_implementation="sdpa"))
+
+
+def random_base(args: argparse.Namespace) -> Any:
+    """The small model of both peers."""
+    import torch
+    from peer import build_base
+
+    args.nf4 = args.ckpt = 0
+    model = build_base(args, torch.device("cpu"))
+    if args.stops:
+        make_sure(args, model.lm_head.weight, model.model.embed_tokens.weight)
+    model.config.use_cache = True
+    return model
+
+
+def write_base(args: argparse.Namespace) -> dict[str, Any]:
+    """The small model in a directory, from which unsloth reads it."""
+    from peer_trl import word_tokenizer
+
+    random_base(args).save_pretrained(args.directory)
+    word_tokenizer(args.vocab).save_pretrained(args.directory)
+    return {}
+
+
+def run_unsloth(args: argparse.Namespace) -> dict[str, Any]:
+    os.environ |= {"UNSLOTH_SKIP_TORCHVISION_CHECK": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    from unsloth import FastLanguageModel  # isort: split
+
+    import torch
+
+    with tempfile.TemporaryDirectory() as directory:
+        if args.model == "small":
+            in_process([*own_side("base"), *case_options(args), "--directory", directory], args.timeout_s)
+        source = directory if args.model == "small" else str(TINY)
+        dtype = getattr(torch, args.dtype)
+        model, _ = FastLanguageModel.from_pretrained(source, max_seq_length=1024, dtype=dtype, load_in_4bit=False)
+    FastLanguageModel.for_inference(model)
+    return run_generate(args, model)
+
+
+def run_generate(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """transformers' `generate`, or what unsloth makes of it."""
+    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    dtype = getattr(torch, args.dtype)
-    if args.model == "tiny":
-        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype, attn_implementation="sdpa")
-    else:
-        from contender import hf_config
-
-        shape = {key: value for key, value in hf_config(args).items() if key not in ("architectures", "model_type")}
-        model = MistralForCausalLM(MistralConfig(**shape, attn_implementation="sdpa")).to(dtype)
-        draw_weights(args, dict(model.named_parameters()))
-        if args.stops:
-            make_sure(args, model.lm_head.weight, model.model.embed_tokens.weight)
     model.eval()
 
     def answer(prompts: list[list[int]], stops: list[int], limit: int) -> list[list[int]]:
@@ -163,7 +203,7 @@ def run_peer(args: argparse.Namespace) -> dict[str, Any]:
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         model.generation_config.eos_token_id = stops or None
-        said = model.generate(ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=0)
+        said = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=0)
         return [upto_stop(row, set(stops)) for row in said[:, width:].tolist()]
 
     result = measure(args, answer)
@@ -189,29 +229,40 @@ def gaps(model: Any, prompt: list[int], ids: list[int]) -> list[float]:
 # ---- The contest
 
 
+def own_side(side: str) -> list[str]:
+    return [sys.executable, str(HERE / "generate.py"), "--side", side]
+
+
+def case_options(args: argparse.Namespace) -> list[str]:
+    return flags(args, ["model", "dtype", "batch", "stops", "repeats"])
+
+
 def contest(args: argparse.Namespace, case: tuple[str, str, int, bool]) -> dict[str, Any]:
-    """One case: rounds of both sides and their summary; a failure is part of the result."""
-    model, dtype, batch, stops = case
-    options = ["--model", model, "--dtype", dtype, "--batch", str(batch), "--stops", str(int(stops))]
-    options += ["--repeats", str(args.repeats)]
-    results: dict[str, list[dict[str, Any]]] = {"nanoft": [], "peer": []}
+    """One case: rounds of all sides and their summary; a failure is part of the result."""
+    args.model, args.dtype, args.batch, args.stops = *case[:3], int(case[3])
+    commands = {side: own_side(side) for side in ("nanoft", "transformers")}
+    if args.environments is not None:
+        commands["unsloth"] = [str(python_of(args.environments / "unsloth")), *own_side("unsloth")[1:]]
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in commands}
     errors: dict[str, str] = {}
     for number in range(args.rounds):
-        for side in list(results)[:: 1 if number % 2 == 0 else -1]:
+        for side in rotated([side for side in commands if side not in errors], number):
             try:
-                command = [sys.executable, str(HERE / "generate.py"), "--side", side, *options]
-                results[side].append(in_process(command, args.timeout_s))
+                results[side].append(in_process([*commands[side], *case_options(args)], args.timeout_s))
                 say(f"{name(case)}: round {number + 1}: {side}: {results[side][-1]['tok_s']:,.0f} tokens/s")
             except Failed as error:
                 errors[side] = str(error)
                 say(f"{name(case)}: {side}: {error}")
-    if errors:
-        return {"case": name(case), "errors": errors, "speedups": []}
-    check = compare(results["nanoft"][0]["answers"], results["peer"][0]["answers"], results["peer"][0]["gaps"], dtype)
-    pairs = zip(results["nanoft"], results["peer"], strict=True)
-    speedups = [round(ours["tok_s"] / theirs["tok_s"], 3) for ours, theirs in pairs] if check["agree"] else []
-    sides = {side: summary(runs) for side, runs in results.items()}
-    return {"case": name(case), **sides, "speedups": speedups, "tokens": check}
+    sides = {side: {"error": errors[side]} if side in errors else summary(results[side]) for side in results}
+    ours = results.pop("nanoft")
+    peers = {side: runs for side, runs in results.items() if not {side, "nanoft"} & set(errors)}
+    checks = {
+        side: compare(ours[0]["answers"], runs[0]["answers"], runs[0]["gaps"], case[1]) for side, runs in peers.items()
+    }
+    compared = [runs for side, runs in peers.items() if checks[side]["agree"]]
+    rounds = zip(ours, *compared, strict=True) if compared else []
+    speedups = [round(our["tok_s"] / max(peer["tok_s"] for peer in rest), 3) for our, *rest in rounds]
+    return {"case": name(case), "sides": sides, "speedups": speedups, "tokens": checks}
 
 
 def name(case: tuple[str, str, int, bool]) -> str:
@@ -248,10 +299,11 @@ def compare(ours: list[list[int]], theirs: list[list[int]], gaps: list[list[floa
 
 def report(cases: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """A Markdown table, one line per case."""
-    columns = ["model, dtype, batch size", "nanoft, tokens/s", "transformers, tokens/s", "speedup"]
-    columns += ["nanoft, MB", "transformers, MB", "equal answers"]
+    sides = list(cases[0]["sides"])
+    columns = ["model, dtype, batch size", *(f"{side}, tokens/s" for side in sides), "times the fastest"]
+    columns += [*(f"{side}, MB" for side in sides), "equal answers"]
     lines = [
-        "# Greedy generation: nanoft and transformers",
+        "# Greedy generation: nanoft and its peers",
         "",
         f"{settings['machine']}, one thread; {settings['versions']}; rounds: {settings['rounds']}. {settings['note']}",
         "Written by `bench/generate.py`, which says what is compared. Speeds are medians (p10 to p90 of all calls),",
@@ -265,17 +317,25 @@ def report(cases: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 
 
 def table_row(case: dict[str, Any]) -> str:
-    if "errors" in case:
-        failed = "; ".join(f"{side} failed: {error}" for side, error in case["errors"].items())
-        return f"| {case['case']} | {failed.replace('|', '/')} | | | | | |"
-    sides = [case["nanoft"], case["peer"]]
+    sides = list(case["sides"].values())
     cells = [case["case"]]
-    cells += [f"{side['tok_s']:,.0f} ({side['tok_s_p10']:,.0f} to {side['tok_s_p90']:,.0f})" for side in sides]
+    for side in sides:
+        failed = f"failed: {side['error']}".replace("|", "/") if "error" in side else ""
+        cells += [failed or f"{side['tok_s']:,.0f} ({side['tok_s_p10']:,.0f} to {side['tok_s_p90']:,.0f})"]
     cells += [ratio(case["speedups"])]
-    cells += [f"{side['peak_rss_mb']:,.0f}" for side in sides]
-    check = case["tokens"]
-    cells += [f"{check['equal']} of {check['answers']}" + ("" if check["agree"] else " DISAGREE")]
+    cells += ["" if "error" in side else f"{side['peak_rss_mb']:,.0f}" for side in sides]
+    checks = case["tokens"].values()
+    equal = [f"{check['equal']} of {check['answers']}" + ("" if check["agree"] else " DISAGREE") for check in checks]
+    cells += ["; ".join(equal)]
     return "| " + " | ".join(cells) + " |"
+
+
+SIDES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "nanoft": run_nanoft,
+    "transformers": run_transformers,
+    "unsloth": run_unsloth,
+    "base": write_base,
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -288,13 +348,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--note", default="", help="a sentence for the report")
     parser.add_argument("--out", type=Path, default=HERE / "generate", help="without a suffix")
     parser.add_argument("--timeout-s", type=float, default=900, help="for each process")
-    parser.add_argument("--side", choices=["nanoft", "peer"])
+    parser.add_argument("--environments", type=Path, metavar="DIRECTORY", help="of bench/environments.py, for unsloth")
+    parser.add_argument("--side", choices=list(SIDES))
+    parser.add_argument("--directory", help="of --side base")
     parser.add_argument("--model", choices=list(LIMITS), default="small")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--stops", type=int, default=1, help="0: answers never end by a stop id")
     args = parser.parse_args(argv)
     if args.side:
-        print(json.dumps(run_nanoft(args) if args.side == "nanoft" else run_peer(args)))
+        print(json.dumps(SIDES[args.side](args)))
         return 0
     settings = {"machine": machine(), "versions": versions(), "rounds": args.rounds, "note": args.note}
     cases = []

@@ -1,13 +1,14 @@
 """One GPU, the shape of Mistral-7B: speed and memory of each way to train it, and of the peer in the same session.
 
-    python bench/gpu.py                   8 minutes; writes bench/gpu_<name of the GPU>.json and .md
+    python bench/gpu.py                   9 minutes; writes bench/gpu_<name of the GPU>.json and .md
     python bench/gpu.py --smoke           tiny shapes, also on a CPU: does the script run?
     python bench/gpu.py --only nf4        the cases whose name contains a word
 
 Every case is a contender (bench/contender.py) in a fresh process: random weights are generated on the device, one
 tensor at a time, and quantized at once. A case that fails, runs out of memory or time, or needs a missing package is a
 table row with the reason. Memory is the peak of the steps, not of building the model. If the peer ran on the same
-tokens, the largest difference of the loss is reported, and with the same checkpointing the ratio of speeds.
+tokens, the largest difference of the loss is reported, and with the same checkpointing the ratio of speeds. Planned
+memory is that of nanoft/training/memory_plan.py. A second table has Triton's kernels beside their formulas.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from contender import EVERY_PEER, HERE, OURS, OWN_PEER, add_step_options
+from plan import predict
 from step import PEER, Failed, compare, difference, flags, in_process, own_command, say, side_summary, versions
 
 MISTRAL_7B = {"hidden": 4096, "layers": 32, "heads": 32, "kv": 8, "ffn": 14336, "seq": 4096, "bs": 1}
@@ -35,6 +37,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("nanoft", PACKED | NF4 | CKPT),
     ("peer", PACKED | NF4 | CKPT),
     ("nanoft", PACKED | NF4),
+    ("nanoft", PACKED | {"triton": 0}),
+    ("nanoft", PACKED | NF4 | {"triton": 0}),
     ("nanoft", PACKED | COMPILE),
     ("nanoft", PACKED | NF4 | COMPILE),
     ("nanoft", {}),
@@ -80,6 +84,9 @@ def run_case(
     except Failed as error:
         return {**row, "error": str(error)}
     kept = {key: result[key] for key in ("losses", "grad_norms")}
+    if side == "nanoft" and not {"offload", "compile", "dequant"} & set(options):
+        bare = 0.0 if result["peak_cuda_mb"] else 2**20 * float(result["bare_rss_mb"])  # on a CPU: libraries
+        row["planned_mb"] = round(predict(case, bare)["peak"] / 2**20)
     return {**row, **side_summary([result], control), **kept}
 
 
@@ -102,7 +109,17 @@ def compared_with_peer(args: argparse.Namespace, row: dict[str, Any], rows: list
 
 def report(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """A Markdown table, one line per case."""
-    columns = ["case", "tokens/s", "p10 to p90", "% of matmul", "peak MB", "reserved MB", "losses differ by", "speedup"]
+    columns = [
+        "case",
+        "tokens/s",
+        "p10 to p90",
+        "% of matmul",
+        "peak MB",
+        "planned MB",
+        "reserved MB",
+        "losses differ by",
+        "speedup",
+    ]
     lines = [
         f"# {settings['device']}: {settings['shape']}",
         "",
@@ -113,12 +130,27 @@ def report(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    return "\n".join([*lines, *map(table_row, rows)]) + "\n"
+    return "\n".join([*lines, *map(table_row, rows), *kernel_table(settings["kernels"])]) + "\n"
+
+
+def kernel_table(found: dict[str, Any]) -> list[str]:
+    """Triton's kernels beside their formulas, or why there is no such table."""
+    if "error" in found:
+        return ["", f"Triton's kernels: not measured ({found['error']})."]
+    lines = [
+        "",
+        "| kernel, tokens x heads x size, bfloat16, forward and backward | us | formula, us | speedup | difference |",
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for name, row in found["kernels"].items():
+        cells = f"{row['us']:,.0f} | {row['formula_us']:,.0f} | {row['speedup']:.2f} | {row['difference']:.0e}"
+        lines.append(f"| {name} | {cells} |")
+    return lines
 
 
 def table_row(row: dict[str, Any]) -> str:
     if "error" in row:
-        return f"| {row['case']} | {row['error'].replace('|', '/')} |" + " |" * 6
+        return f"| {row['case']} | {row['error'].replace('|', '/')} |" + " |" * 7
     check = row.get("losses_compared_with_peer")
     cells = [
         row["case"],
@@ -126,8 +158,9 @@ def table_row(row: dict[str, Any]) -> str:
         f"{row['tok_s_p10']:,.0f} to {row['tok_s_p90']:,.0f}",
         f"{row['percent_of_matmul']:.0f}",
         f"{row.get('peak_cuda_mb', row['peak_rss_mb']):,.0f}",
+        f"{row['planned_mb']:,.0f}" if "planned_mb" in row else "",
         f"{row['reserved_cuda_mb']:,.0f}" if "reserved_cuda_mb" in row else "",
-        difference(check) if check else "",
+        difference({"peer": check}) if check else "",
         f"{row['speedup']:.2f}" if "speedup" in row else "",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -173,8 +206,12 @@ def main() -> int:
     except Failed as error:
         say(f"bare matmuls failed: {error}")
         return 1
+    try:
+        kernels = in_process([*own_command("kernels"), *flags(args, EVERY_PEER)], args.case_s, bounded=False)
+    except Failed as error:
+        kernels = {"error": str(error)}
     shape = f"{args.layers} layers of {args.hidden}, sequences of {args.seq:,} tokens, rank {args.r}, {args.dtype}"
-    settings = {"device": here, "shape": shape, "versions": versions(), "control": control}
+    settings = {"device": here, "shape": shape, "versions": versions(), "control": control, "kernels": kernels}
     slug = re.sub(r"\W+", "_", here.lower()).strip("_")
     out = args.out or (None if smoke else HERE / f"gpu_{slug}")
     print(run_cases(args, out, settings, started))

@@ -107,7 +107,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build(args, device)
+    return train_steps(args, build(args, device), device)
+
+
+def train_steps(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
+    """Time the steps of a causal model whose `forward` takes labels, as in transformers."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 

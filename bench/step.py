@@ -1,16 +1,19 @@
-"""One optimizer step, nanoft and transformers + peft: how fast, in how much memory, and is it the same step?
+"""One optimizer step, nanoft and its peers: how fast, in how much memory, and is it the same step?
 
     python bench/step.py --shape small                 2 sequences of 1,024 random tokens; ends with one line of JSON
     python bench/step.py --shape masked --nf4 --ckpt   7 of 10 tokens are prompt; 4-bit base; activation checkpointing
     python bench/step.py --shape packed --data a.json  real conversations: nanoft packs them, the peer pads them
     python bench/step.py --shape all --rounds 5        every shape; writes bench/step.json and bench/step.md
+    python bench/step.py --environments DIRECTORY      TRL and unsloth, too, from bench/environments.py
     python bench/step.py --peer "python other.py"      another peer with the options and the JSON line of bench/peer.py
 
-Both sides run in fresh processes, one after another, in an order that rotates every round. They generate the same base
-weights, adapter and tokens from a seed, so losses and gradient norms must agree in every step; otherwise no ratio is
-reported. Warm-up steps are discarded. Tokens per second never count padding; the spread is p10 to p90 over all counted
-steps. Peak memory is the largest resident set of the process. A control run multiplies matrices of the step's sizes and
-nothing else, so that speeds can be given as a share of what the machine can do.
+The peer is a hand-written loop over transformers + peft. All sides run in fresh processes, one after another, in an
+order that rotates every round. They generate the same base weights, adapter and tokens from a seed, so losses and
+gradient norms must agree with nanoft's in every step; a peer that differs is not compared. Warm-up steps are discarded.
+Tokens per second never count padding; the spread is p10 to p90 over all counted steps. Peak memory is the largest
+resident set of the process. Within each round, nanoft's speed is divided by that of the fastest peer, and its memory by
+that of the smallest. A control run multiplies matrices of the step's sizes and nothing else, so that speeds can be
+given as a share of what the machine can do.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from contender import EVERY_PEER, HERE, OURS, OWN_PEER, TOLERANCE, add_step_options
+from environments import PEERS, python_of
 
 PEER = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'peer.py'))}"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -106,27 +110,21 @@ def bound_memory() -> None:
 
 def contest(args: argparse.Namespace) -> dict[str, Any]:
     """One shape: rounds of both sides, the control, and their summary; failures are part of the result."""
-    foreign = args.peer != PEER
     with tempfile.TemporaryDirectory() as temporary:
         args.ids = Path(temporary) / "ids.npz" if args.packed else None
         os.environ["XDG_CACHE_HOME"] = temporary  # also deletes the tokenized data
         own = flags(args, [*EVERY_PEER, *OWN_PEER])
-        commands = {
-            "nanoft": [*own_command("nanoft"), *own, *flags(args, OURS)],
-            "peer": [*shlex.split(args.peer), *(flags(args, EVERY_PEER) if foreign else own)],
-        }
+        commands = {"nanoft": [*own_command("nanoft"), *own, *flags(args, OURS)], **peer_commands(args, own)}
         try:
             if args.packed:
                 in_process([*own_command("pack"), *own, *flags(args, ["data"])], args.timeout_s)
             control = in_process([*own_command("matmul"), *own], args.timeout_s)
         except Failed as error:
             raise SystemExit(f"{case_name(args)}: {error}") from None
-        if foreign and args.packed:
-            commands["peer"] = ["false"]  # it cannot read the texts
-        results: dict[str, list[dict[str, Any]]] = {"nanoft": [], "peer": []}
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
         errors: dict[str, str] = {}
         for number in range(args.rounds):
-            for name in list(commands)[:: 1 if number % 2 == 0 else -1]:
+            for name in rotated(list(commands), number):
                 if name in errors:
                     continue
                 try:
@@ -135,7 +133,24 @@ def contest(args: argparse.Namespace) -> dict[str, Any]:
                 except Failed as error:
                     errors[name] = str(error)
                     say(f"{case_name(args)}: {name}: {error}")
-    return summary(args, results, errors, control, foreign)
+    return summary(args, results, errors, control)
+
+
+def peer_commands(args: argparse.Namespace, own: list[str]) -> dict[str, list[str]]:
+    """The command of each peer, by its name in the table."""
+    if args.peer != PEER:  # it cannot read the texts of a packed shape
+        return {args.peer: ["false"] if args.packed else [*shlex.split(args.peer), *flags(args, EVERY_PEER)]}
+    found = {"transformers + peft": [*shlex.split(PEER), *own]}
+    if args.environments is not None:
+        for name in PEERS:
+            found[name] = [str(python_of(args.environments / name)), str(HERE / f"peer_{name}.py"), *own]
+    return found
+
+
+def rotated(names: list[str], number: int) -> list[str]:
+    """The order of a round: another side is first in the next one."""
+    first = number % len(names)
+    return names[first:] + names[:first]
 
 
 def summary(
@@ -143,31 +158,29 @@ def summary(
     results: dict[str, list[dict[str, Any]]],
     errors: dict[str, str],
     control: dict[str, Any],
-    foreign: bool,
 ) -> dict[str, Any]:
     """The line of JSON: ratios are taken within each round, then their median."""
     sides = {
         name: {"error": errors[name]} if name in errors else side_summary(runs, control)
         for name, runs in results.items()
     }
-    if errors:
-        check: dict[str, Any] = {"checked": False, "why": "a side failed"}
-    elif foreign:
-        check = {"checked": False, "why": "another peer has weights and tokens of its own"}
-    else:
-        check = compare(args, results["nanoft"][0], results["peer"][0])
-    counts = not errors and check.get("agree", True)
-    pairs = list(zip(results["nanoft"], results["peer"], strict=True)) if counts else []
-    speedups = [ours["tok_s"] / theirs["tok_s"] for ours, theirs in pairs]
-    memories = [ours["peak_rss_mb"] / theirs["peak_rss_mb"] for ours, theirs in pairs]
+    peers = [name for name in results if name not in ("nanoft", *errors)]
+    checks: dict[str, dict[str, Any]] = {}
+    if "nanoft" not in errors and args.peer == PEER:  # another peer has weights and tokens of its own
+        checks = {name: compare(args, results["nanoft"][0], results[name][0]) for name in peers}
+    compared = [name for name in peers if checks.get(name, {"agree": True})["agree"]] if "nanoft" not in errors else []
+    rounds = list(zip(results["nanoft"], *(results[name] for name in compared), strict=True)) if compared else []
+    speedups = [round(ours["tok_s"] / max(peer["tok_s"] for peer in rest), 3) for ours, *rest in rounds]
+    memories = [round(ours["peak_rss_mb"] / min(peer["peak_rss_mb"] for peer in rest), 3) for ours, *rest in rounds]
     return {
         "shape": case_name(args),
-        **sides,
-        "speedup": round(statistics.median(speedups), 3) if counts else None,
-        "memory_ratio": round(statistics.median(memories), 3) if counts else None,
-        "speedups": [round(ratio, 3) for ratio in speedups],
-        "memory_ratios": [round(ratio, 3) for ratio in memories],
-        "losses": check,
+        "nanoft": sides.pop("nanoft"),
+        "peers": sides,
+        "speedup": round(statistics.median(speedups), 3) if speedups else None,
+        "memory_ratio": round(statistics.median(memories), 3) if memories else None,
+        "speedups": speedups,
+        "memory_ratios": memories,
+        "losses": checks,
         "gflop_of_step": control["gflop_of_step"],
         "matmul_gflop_s": control["gflop_s"],
         "rounds": args.rounds,
@@ -207,7 +220,7 @@ def compare(args: argparse.Namespace, ours: dict[str, Any], theirs: dict[str, An
     losses = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
     norms = [abs(a / b - 1) for a, b in zip(ours["grad_norms"], theirs["grad_norms"], strict=True)]
     agree = all(d <= loss_tolerance for d in losses) and all(d <= norm_tolerance for d in norms)  # NaN agrees with none
-    return {"checked": True, "agree": agree, "largest_difference": largest(losses), "of_grad_norm": largest(norms)}
+    return {"agree": agree, "largest_difference": largest(losses), "of_grad_norm": largest(norms)}
 
 
 def largest(values: list[float]) -> float | None:
@@ -231,10 +244,11 @@ def say(line: str) -> None:
 
 def report(cases: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """A Markdown table, one line per shape."""
-    columns = ["shape", "nanoft, tokens/s", "%", "peer, tokens/s", "%", "speedup"]
-    columns += ["nanoft, MB", "peer, MB", "memory", "losses differ by"]
+    peers = list(cases[0]["peers"])
+    columns = ["shape", "nanoft, tokens/s", "%", *(f"{name}, tokens/s" for name in peers), "times the fastest"]
+    columns += ["nanoft, MB", *(f"{name}, MB" for name in peers), "of the smallest", "losses differ by"]
     lines = [
-        f"# One optimizer step: nanoft and {settings['peer']}",
+        "# One optimizer step: nanoft and its peers",
         "",
         f"{settings['machine']}; {settings['versions']}; rounds: {settings['rounds']}.",
         "Written by `bench/step.py`, which says what is compared. Speeds are medians (p10 to p90 of all steps), ratios",
@@ -247,29 +261,28 @@ def report(cases: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 
 
 def table_row(case: dict[str, Any]) -> str:
-    cells = [case["shape"]]
-    for side in (case["nanoft"], case["peer"]):
-        if "error" in side:
-            cells += [f"failed: {side['error']}".replace("|", "/"), ""]
-        else:
-            cells += [
-                f"{side['tok_s']:,.0f} ({side['tok_s_p10']:,.0f} to {side['tok_s_p90']:,.0f})",
-                f"{side['percent_of_matmul']:.0f}",
-            ]
-    cells += [ratio(case["speedups"])]
-    cells += [f"{side['peak_rss_mb']:,.0f}" if "error" not in side else "" for side in (case["nanoft"], case["peer"])]
-    cells += [ratio(case["memory_ratios"])]
-    check = case["losses"]
-    cells += [difference(check)]
+    ours, sides = case["nanoft"], [case["nanoft"], *case["peers"].values()]
+    speeds = [
+        f"failed: {side['error']}".replace("|", "/")
+        if "error" in side
+        else f"{side['tok_s']:,.0f} ({side['tok_s_p10']:,.0f} to {side['tok_s_p90']:,.0f})"
+        for side in sides
+    ]
+    memories = ["" if "error" in side else f"{side['peak_rss_mb']:,.0f}" for side in sides]
+    percent = "" if "error" in ours else f"{ours['percent_of_matmul']:.0f}"
+    cells = [case["shape"], speeds[0], percent, *speeds[1:], ratio(case["speedups"])]
+    cells += [*memories, ratio(case["memory_ratios"]), difference(case["losses"])]
     return "| " + " | ".join(cells) + " |"
 
 
-def difference(check: dict[str, Any]) -> str:
-    """What `compare` found, as a cell."""
-    if not check["checked"]:
+def difference(checks: dict[str, dict[str, Any]]) -> str:
+    """The largest that `compare` found, as a cell, and which peers take another step."""
+    if not checks:
         return "not checked"
-    found = check["largest_difference"]
-    return ("not finite" if found is None else f"{found:.0e}") + ("" if check["agree"] else " DISAGREE")
+    found = [check["largest_difference"] for check in checks.values()]
+    differing = [name for name, check in checks.items() if not check["agree"]]
+    largest = "not finite" if None in found else f"{max(found):.0e}"
+    return largest + (f" DISAGREE: {', '.join(differing)}" if differing else "")
 
 
 def ratio(values: list[float]) -> str:
@@ -301,6 +314,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="small")
     parser.add_argument("--peer", default=PEER, metavar="COMMAND", help="default: bench/peer.py")
+    parser.add_argument("--environments", type=Path, metavar="DIRECTORY", help="of bench/environments.py")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, help="records for packed shapes; default: random lengths")
     parser.add_argument("--timeout-s", type=float, default=1800, help="for each process")
@@ -321,8 +335,7 @@ def parse(argv: Sequence[str], **case: Any) -> argparse.Namespace:
 
 def run_grid(argv: Sequence[str]) -> None:
     args = parse(argv)
-    peer = "transformers + peft" if args.peer == PEER else f"`{args.peer}`"
-    settings = {"peer": peer, "machine": machine(), "versions": versions(), "rounds": args.rounds}
+    settings = {"machine": machine(), "versions": versions(), "rounds": args.rounds}
     cases = []
     for shape, nf4, ckpt in GRID:
         cases.append(contest(parse(argv, shape=shape, nf4=nf4, ckpt=ckpt)))

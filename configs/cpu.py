@@ -2,7 +2,7 @@
 
 For whoever has a laptop, patience, and data for one narrow task. Planned, not measured: 5.3 GB beyond Python and
 PyTorch, 2.9 GB with every block recomputed, 1.91 GFLOP per token; `--plan` measures the speed here. Change first:
-`data.train_file`; `model.max_seq_length=512`; `training.max_steps`; `system.threads=1` on a busy machine.
+`data.train_file`; `model.max_seq_length=512`; `training.max_steps`.
 """
 
 from nanoft.config import load_file

@@ -4,8 +4,8 @@ __version__ = "0.1.0"
 
 
 class UserError(Exception):
-    """Something the user must change: commands print it as one line (what, where, the fix) and exit with code 2."""
+    """A mistake that the user can fix: commands print it in one line (what, where, the fix) and exit with code 2."""
 
 
 class TrainingFailed(Exception):
-    """Training failed and cannot continue: commands print why, and what helps, in one line and exit with code 3."""
+    """Training failed and cannot continue: commands print the cause and the fix in one line and exit with code 3."""

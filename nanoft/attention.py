@@ -1,13 +1,13 @@
-"""Causal attention: which position sees which, and where positions enter the model.
+"""Causal attention: which positions attend to which, and how positions enter the model.
 
     y_i = sum_j softmax_j(q_i k_j^T / sqrt(d)) v_j     over j in the same document, not after i, within the window
 
-A layer is a function of one position except here. So everything that depends on positions is in one object, the
-`SequenceContext` of a forward pass: it rotates queries and keys, and lets each position attend to those that it may
-see. Training, reading prompts and a step with a cache differ in their context alone; an optimized attention
+Everywhere else, a layer works on each position separately. So everything that depends on positions is in one object,
+the `SequenceContext` of a forward pass: it rotates queries and keys, and lets each position attend to the others that
+it may see. Training, reading prompts and a step with a cache differ only in their context; an optimized attention
 (nanoft/kernels/attention.py) is another context with the same results.
 
-Notation in comments: b batch, q and k positions that ask and answer, h query heads, g key/value heads, d head size.
+Notation in comments: b batch, q and k positions of queries and keys, h query heads, g key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ class AttentionLayer(Protocol):
     """What a context needs to know about the layer that calls it."""
 
     index: int  # of the block, from 0
-    source: int  # the block whose keys and values it attends to, those of its part of a cache: mostly its own
-    rope: int | None  # which rotation is its own; None: none
+    source: int  # the block whose keys and values it attends to: selects its part of a cache
+    rope: int | None  # index of its rotation; None: no rotation
     scores: Scores
 
 
 class Scores(NamedTuple):
-    """What becomes of q k^T in a layer, and which keys a query sees."""
+    """How a layer turns q k^T into scores, and which keys a query sees."""
 
     scale: float  # usually 1 / sqrt(d)
-    window: int | None = None  # how many positions back a query sees, its own among them; None: all of them
+    window: int | None = None  # number of last positions that a query sees, including its own; None: all
     cap: float | None = None  # scores s become cap tanh(s / cap)
 
 
 class Rotation(NamedTuple):
-    """The angles of each position, and by what its queries grow."""
+    """The angles of each position, and the factor on its queries."""
 
     cos: Tensor  # (b or 1, q, 1, n / 2), n <= d: the first n dimensions of a head are rotated
     sin: Tensor
@@ -52,17 +52,17 @@ class Rotation(NamedTuple):
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a packed batch, in order, when its sequences are laid end to end; known on the CPU."""
+    """The documents of a packed batch, in order, with its sequences concatenated; lengths are known on the CPU."""
 
     lengths: tuple[int, ...]  # in tokens; the padding of a sequence counts as a document
-    bounds: Tensor  # (documents + 1,) int32, on the model's device: 0, and the end of each
+    bounds: Tensor  # (documents + 1,) int32, on the model's device: 0, and the end of each document
 
 
 class SequenceContext:
-    """What the layers of one forward pass share: the rotation of each position, and who sees whom."""
+    """What the layers of one forward pass share: the rotation of each position, and which positions it sees."""
 
     def __init__(self, rotations: Sequence[Rotation], documents: Documents | None = None):
-        """A rotation for each rope of the model; no documents: each sequence is one."""
+        """`rotations`: one for each rope of the model; without documents, each sequence is one document."""
         self.rotations, self.documents = rotations, documents
         self.tensors: dict[tuple[str, int], Tensor] = {}  # what blocks read besides x, by what and of which block
         self._masks: dict[int | None, Tensor] = {}
@@ -76,7 +76,7 @@ class SequenceContext:
         return q if growth is None else q * growth, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        """What each position collects from those that it sees, (b, q, h, d)."""
+        """The attention output of each position, (b, q, h, d)."""
         window = layer.scores.window
         if window not in self._masks:  # once for all layers with this window
             self._masks[window] = causal_mask(q.shape[0], q.shape[1], q.device, window, self.documents)
@@ -92,7 +92,7 @@ class CacheContext(SequenceContext):
 
     def __init__(
         self,
-        tables: tuple[Sequence[Rotation], Tensor],  # as `tables` made them
+        tables: tuple[Sequence[Rotation], Tensor],  # from `tables`
         keys: list[Tensor],  # of each layer, (b, g, slots, d), like values; the new ones are written into them
         values: list[Tensor],
         slot: int,  # of the new positions
@@ -105,7 +105,7 @@ class CacheContext(SequenceContext):
 
     @classmethod
     def tables(cls, rotations: Sequence[Rotation], filled: Tensor) -> tuple[Sequence[Rotation], Tensor]:
-        """Shared by all steps, from the rotations of all slots, and whether a slot holds a token, (b, slots)."""
+        """Tables that all steps share: the rotations of all slots, and whether a slot holds a token, (b, slots)."""
         return rotations, filled[:, None, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
@@ -114,7 +114,7 @@ class CacheContext(SequenceContext):
         return attention(q, keys.transpose(1, 2), values.transpose(1, 2), mask, layer.scores)
 
     def write(self, k: Tensor, v: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor, slice]:
-        """Write k and v, (b, 1, g, d), into the cache; returns all that are seen, (b, g, k, d), and their slots."""
+        """Write k and v, (b, 1, g, d), into the cache; return all visible ones, (b, g, k, d), and their slots."""
         keys, values, end = self.keys[layer.source], self.values[layer.source], self.slot + 1
         keys[:, :, self.slot], values[:, :, self.slot] = k[:, 0], v[:, 0]
         window = layer.scores.window
@@ -140,7 +140,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> 
     """softmax(scale q k^T) v (Vaswani et al. 2017, eq. 1), (b, q, h, d).
 
     q is (b, q, h, d), k and v are (b, k, g, d), where h / g query heads share a key head (Ainslie et al. 2023); mask,
-    (b or 1, 1, q, k) bool, says whether a query sees a key. PyTorch's kernels know no cap of the scores.
+    (b or 1, 1, q, k) bool, says whether a query sees a key. PyTorch's kernels do not support a cap of the scores.
     """
     scale, _, cap = scores
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, positions, d)
@@ -152,7 +152,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> 
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """cap tanh(x / cap): nearly x where it is small, and never beyond the cap (Bello et al. 2017; Gemma 2)."""
+    """cap tanh(x / cap): nearly x for small x, and never beyond the cap (Bello et al. 2017; Gemma 2)."""
     return x if cap is None else cap * torch.tanh(x / cap)
 
 

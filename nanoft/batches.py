@@ -1,12 +1,12 @@
-"""Samples to batches: order, packing, collation, and a position that can be resumed.
+"""From samples to batches: order, packing, collation, and a position that can be resumed.
 
-The unit of training is the window: all micro-batches of one optimizer step. Which samples a window holds is a pure
-function of (seed, epoch, index), so a run resumes at any window without replaying what came before, and it does not
-depend on how the window is cut into micro-batches. Within a window rows are sorted by length, which saves padding.
+The unit of training is the window: all micro-batches of one optimizer step. The samples of a window are a pure function
+of (seed, epoch, index), so a run resumes at any window without replaying earlier ones, and they do not depend on how
+the window is split into micro-batches. Within a window, rows are sorted by length, which saves padding.
 
-A row of a batch is one unit: a sample, or the two answers of a preference pair, which are never split. When packing, a
-row holds several units. Of several samples in a row, each token carries its place in its document (`positions`), and
-documents do not attend to each other (`documents`). All samples lie in one array of numbers, usually a memory-mapped
+A row of a batch is one unit: a sample, or the two answers of a preference pair, which are never split. With packing, a
+row holds several units. If a row has several samples, each token has its place in its document (`positions`), and
+documents do not attend to each other (`documents`). All samples are in one array of numbers, usually a memory-mapped
 file, so a million of them cost nothing until they are used; a target token is stored as its complement ~id, which is
 negative.
 """
@@ -37,20 +37,20 @@ class Sample:
     is_target: np.ndarray[Any, np.dtype[np.bool_]]  # (n,)
     record: int
     turn: int | None = None  # the message that is the only target; None: several messages, or plain text
-    label: float = 1.0  # of an answer: 1 desirable, 0 not; of a pair: by how much its first answer is better
+    label: float = 1.0  # of an answer: 1 desirable, 0 not; of a pair: the margin of its first answer
 
 
 class TokenDataset(Sequence[Sample]):
-    """Many samples in one array, which selections of them share."""
+    """Many samples in one array, which is shared by selections of them."""
 
     def __init__(
         self,
         tokens: Array,  # (total,) int32: ids, targets as ~id
-        starts: Array,  # (n + 1,) int64: where each sample begins, and the end of the last one
+        starts: Array,  # (n + 1,) int64: the start of each sample, and the end of the last one
         all_records: Array,  # (n,): the record that each sample came from
         chosen: Array,  # (m,) int64: the samples of this selection, in order
         all_labels: Array,  # (n,) float32
-        unit_size: int = 1,  # consecutive samples that belong together: 2 of a pair, the better answer first
+        unit_size: int = 1,  # consecutive samples that belong together: 2 for pairs, the better answer first
     ):
         self.tokens, self.starts, self.all_records, self.chosen = tokens, starts, all_records, chosen
         self.all_labels, self.unit_size = all_labels, unit_size
@@ -105,13 +105,13 @@ def encode_targets(sample: Sample) -> Array:
 
 
 def decode_targets(tokens: Array) -> tuple[Array, Array]:
-    """(ids, is_target) of such an array: the sign marks a target, and inverts its bits."""
+    """(ids, is_target) of such an array: negative values are targets, with inverted bits."""
     return tokens ^ (tokens >> 31), tokens < 0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch as the model takes it; everything is computed on the CPU, so nothing waits for the device."""
+    """One micro-batch as the model's input; computed on the CPU, so that nothing waits for the device."""
 
     ids: Tensor  # (b, s) int64
     positions: Tensor | None  # (b, s): place in its document; None: 0, 1, 2, ...
@@ -135,9 +135,9 @@ class Batch:
         return len(self.targets)
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to the device; to CUDA from pinned memory, so that it overlaps with computing.
+        """Copy to the device; to CUDA from pinned memory, so that the copy overlaps with computation.
 
-        On Metal, a copy that does not wait may read memory that was freed meanwhile (pytorch/pytorch#189690).
+        On Metal, a non-blocking copy may read memory that has been freed meanwhile (pytorch/pytorch#189690).
         """
         if device.type == "cpu":
             return self
@@ -191,7 +191,7 @@ class Batches:
         accumulation_steps: int,
         seed: int,
         pad_id: int,
-        pack_length: int | None = None,  # of a row of several units: tokens for each sample of one; None: one per row
+        pack_length: int | None = None,  # tokens of a packed row, per sample of a unit; None: one unit per row
         group_by_length: bool = False,  # windows of rows of similar length, in random order
         pad_to_multiple_of: int = 1,  # the width of a micro-batch is rounded up to it
         shuffle: bool = True,  # False: every epoch has the order of `samples`
@@ -234,7 +234,7 @@ class Batches:
         return self._micro_batches(rows[np.argsort(self.row_lengths[rows], kind="stable")])
 
     def longest(self) -> Batch:
-        """A micro-batch of the longest rows: what needs the most memory."""
+        """A micro-batch of the longest rows, which needs the most memory."""
         longest = np.argsort(-self.row_lengths, kind="stable")[: self.micro_batch_size]
         return collate(self.samples, self._micro_batches(longest)[0], self.pad_id, self.pad_to_multiple_of)
 
@@ -244,7 +244,7 @@ class Batches:
         return [members[at : at + self.micro_batch_size] for at in range(0, len(members), self.micro_batch_size)]
 
     def seek(self, epoch: int) -> None:
-        """Arrange the samples as an epoch has them; costs one shuffle, whatever was consumed before."""
+        """Arrange the samples in the order of an epoch; costs one shuffle, whatever was consumed before."""
         if epoch != self.epoch:
             self._members, self.order = self._arrange(epoch)
             self.epoch = epoch
@@ -252,8 +252,8 @@ class Batches:
     def _arrange(self, epoch: int) -> tuple[Array, Array]:
         """(units by slot, order of the rows) of an epoch.
 
-        Rows are packed once, by length alone; every epoch permutes units of equal length among their slots. So the
-        number of windows is constant, while the units that share a row vary.
+        Rows are packed once, by length only; every epoch permutes units of equal length among their slots. So the
+        number of windows is constant, but the units that share a row vary.
         """
         if not self.shuffle:
             return self._slots, np.arange(len(self.row_lengths))
@@ -276,13 +276,13 @@ class Batches:
 
 
 def pack(lengths: Array, capacity: int) -> tuple[Array, Array]:
-    """Best fit decreasing: the longest sample first, each into the fullest row that still has room for it.
+    """Best fit decreasing: place the longest sample first, each into the fullest row with room for it.
 
     A bin-packing heuristic that needs at most 11/9 of the minimum number of rows (Johnson 1974, "Fast algorithms for
     bin packing"). A bit set, whose bit c says that a row with c free tokens exists, finds the fullest fitting row.
 
     Returns:
-        slots: (n,) the samples of all rows. bounds: (rows + 1,) where each row begins among them.
+        slots: (n,) the samples of all rows. bounds: (rows + 1,) the start of each row among them.
     """
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # free tokens -> rows
@@ -306,7 +306,7 @@ def pack(lengths: Array, capacity: int) -> tuple[Array, Array]:
 
 
 def pack_in_order(lengths: Array, capacity: int) -> tuple[Array, Array]:
-    """Next fit: each sample into the newest row, or a new one if it has no room; returns what `pack` returns."""
+    """Next fit: place each sample into the newest row, or a new one if it has no room; returns the same as `pack`."""
     bounds, free = [0], capacity
     for sample, length in enumerate(lengths.tolist()):
         if length > free:
@@ -319,7 +319,7 @@ def pack_in_order(lengths: Array, capacity: int) -> tuple[Array, Array]:
 def collate(samples: TokenDataset, rows: Sequence[Any], pad_id: int, pad_to_multiple_of: int = 1) -> Batch:
     """One batch of rows, each given as the indices of its samples, padded on the right to the longest row.
 
-    A token's target is its next token, if that is a target of the same document: nothing predicts the first token.
+    A token's target is its next token, if that is a target in the same document; the first token is not predicted.
     """
     counts = [len(row) for row in rows]
     members = np.concatenate(rows).astype(np.int64)
@@ -368,7 +368,7 @@ def _documents(lengths: Array, row_lengths: Array, counts: list[int], width: int
 
 
 def share_of_rank(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Every N-th batch, for this rank of N; a batch without targets is added where a rank would have fewer."""
+    """Every N-th batch, for this rank of N; a rank with one batch less gets an extra batch without targets."""
     count, size, none = 0, distributed.world_size(), torch.empty(0, dtype=torch.int64)
     for count, batch in enumerate(batches, start=1):
         if (count - 1) % size == distributed.process_rank():

@@ -1,17 +1,17 @@
-"""Checkpoints that are either complete or not there.
+"""Checkpoints that are either complete or absent.
 
-An interrupted save must never cost the checkpoint before it, and a checkpoint that was corrupted on disk must never be
-trained on. So a checkpoint is written under a temporary name and published by one atomic rename, and nothing is
-trusted that does not match its hash:
+An interrupted save must never cost the previous checkpoint, and a run must never continue from a corrupted one. So a
+checkpoint is written under a temporary name and published by one atomic rename, and only files that match their hash
+are trusted:
 
     .tmp-step-000100-<pid>/   each file is streamed, hashed on the way, and fsynced
-    manifest.json             size and SHA-256 of every file and of itself, and whose run it is; written last, fsynced
+    manifest.json             size and SHA-256 of every file and of itself, and the run's identity; written last
     verification              every byte is read back; then the directory is fsynced
     rename to step-000100     atomic; then the parent directory is fsynced
     rotation                  only now may an older checkpoint be deleted; never the best, never the newest
 
-Loading verifies every byte, and falls back to the newest valid checkpoint. Nothing is ever unpickled. Training does not
-wait for the disk: `AsyncCheckpointWriter` copies what is to be saved, and its thread does the rest.
+Loading verifies every byte and falls back to the newest valid checkpoint. Nothing is ever unpickled. Training does not
+wait for the disk: `AsyncCheckpointWriter` copies the tensors, and its thread does the rest.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from nanoft.runtime.memory import available_host_bytes
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-SWITCH_S = 1e-4  # how long a save may keep the interpreter while training waits for it; Python's default is 5e-3
-RETRY_S = 60.0  # after a save that failed
-ANY_RUN: Mapping[str, Any] = {}  # an identity that every checkpoint has
+SWITCH_S = 1e-4  # longest time for which a save may hold the interpreter from training; Python's default is 5e-3
+RETRY_S = 60.0  # time until a failed save is retried
+ANY_RUN: Mapping[str, Any] = {}  # an identity that every checkpoint matches
 
 
 class CheckpointCorrupted(Exception):
@@ -68,10 +68,10 @@ class CheckpointManager:
     def __init__(
         self,
         directory: Path,  # created if it is missing; incomplete leftovers of killed saves are removed
-        keep: int,  # how many of the newest, besides the best
-        keep_every: int = 0,  # steps that are multiples of it are kept for good; 0: none
-        identity: Mapping[str, Any] = ANY_RUN,  # what they belong to: hashes, which must be equal to load one; versions
-        owner: bool = True,  # whether this process writes there; of several ranks, only rank 0 does
+        keep: int,  # number of newest checkpoints to keep, besides the best
+        keep_every: int = 0,  # checkpoints of steps that are multiples of it are never deleted; 0: none
+        identity: Mapping[str, Any] = ANY_RUN,  # of their run: hashes, which must be equal to load one; versions
+        owner: bool = True,  # whether this process writes there; among several ranks, only rank 0 does
     ):
         self.directory, self.keep, self.keep_every = directory, keep, keep_every
         self.identity, self.owner = dict(identity), owner
@@ -81,9 +81,9 @@ class CheckpointManager:
             self._sweep()
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None = None) -> Path:
-        """Write checkpoint `step`; when this returns it is on the disk; an OSError leaves earlier ones untouched.
+        """Write checkpoint `step`; when this returns, it is on disk; an OSError leaves earlier ones untouched.
 
-        A valid one of the same step stays: what followed its rename failed, or the run begins again there.
+        A valid one of the same step stays: a step after its rename failed, or the run resumes there.
 
         Args:
             state: JSON values.
@@ -92,7 +92,7 @@ class CheckpointManager:
         """
         try:
             self.verify(self.path(step))
-        except CheckpointCorrupted:  # usually because it is not there
+        except CheckpointCorrupted:  # usually because it does not exist
             self._write(step, tensors, state)
         sync_directory(self.directory)
         if best is None:
@@ -104,7 +104,7 @@ class CheckpointManager:
         return self.path(step)
 
     def newest(self, before: float = math.inf) -> tuple[Checkpoint | None, list[str]]:
-        """The newest valid checkpoint before a step, and what is wrong with later ones; a UserError if all are bad."""
+        """The newest valid checkpoint before a step, and the damage of later ones; a UserError if none is valid."""
         damage: list[str] = []
         for step in sorted((step for step in self.steps() if step < before), reverse=True):
             try:
@@ -112,7 +112,7 @@ class CheckpointManager:
             except CheckpointCorrupted as reason:
                 damage.append(str(reason))
         if damage:
-            raise UserError(f"{damage[0]}; no other checkpoint is valid: start anew with another output.dir")
+            raise UserError(f"{damage[0]}; no other checkpoint is valid: start a new run with another output.dir")
         return None, []
 
     def verify(self, path: Path) -> Checkpoint:
@@ -128,7 +128,7 @@ class CheckpointManager:
         return self.directory / f"step-{step:06d}"
 
     def best(self) -> tuple[int, float] | None:
-        """Step and loss of the best so far, if its checkpoint is there; None if best.json is unreadable."""
+        """Step and loss of the best checkpoint so far; None if it is missing or best.json is unreadable."""
         try:
             record = json.loads(self.best_file.read_bytes())
             step, loss = int(record["step"]), float(record["validation_loss"])
@@ -137,7 +137,7 @@ class CheckpointManager:
         return (step, loss) if self.path(step).is_dir() else None
 
     def delete_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps, which the run will take again, perhaps differently."""
+        """Delete the checkpoints of later steps, which the run will repeat, perhaps differently."""
         if self.owner:
             if (best := self.best()) and best[0] > step:
                 self.best_file.unlink()
@@ -155,7 +155,7 @@ class CheckpointManager:
             write_file(staging / MANIFEST, [_dump({"body": body, "sha256": hashlib.sha256(_dump(body)).hexdigest()})])
             try:
                 verify(staging)
-            except CheckpointCorrupted as reason:  # the disk returns something else than what was written
+            except CheckpointCorrupted as reason:  # the disk returned other data than was written
                 raise OSError(errno.EIO, f"{reason} (read back after writing)") from None
             sync_directory(staging)
             if self.path(step).exists():  # corrupted
@@ -166,13 +166,13 @@ class CheckpointManager:
             raise
 
     def _sweep(self) -> None:
-        """Remove incomplete saves of killed processes; the run's lock says that none is alive."""
+        """Remove incomplete saves of killed processes; the run's lock guarantees that none is still running."""
         for leftover in self.directory.iterdir():
             if re.fullmatch(r"\.tmp-step-\d+-\d+", leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _rotate(self, newest: int) -> None:
-        """Delete what is older than the last `keep`, and steps after `newest`, which a rollback has undone."""
+        """Delete checkpoints older than the last `keep`, and those after `newest`, which a rollback has undone."""
         own = [step for step in self.steps() if step <= newest]
         spared = {*own[-self.keep :], *(self.best() or ())[:1]}
         spared |= {step for step in own if self.keep_every and step and step % self.keep_every == 0}
@@ -189,14 +189,14 @@ class SaveResult:
     step: int
     path: Path = Path()
     error: Exception | None = None
-    seconds: float = 0.0  # from its start until it was on the disk
-    waited_seconds: float = 0.0  # that training waited for it
+    seconds: float = 0.0  # from its start until it was on disk
+    waited_seconds: float = 0.0  # for which training waited
 
 
 class AsyncCheckpointWriter:
     """Saves from copies in a background thread, one at a time, while training continues.
 
-    As a context manager it waits for the last save, unless the process was interrupted. Where the copies need more than
+    As a context manager it waits for the last save, unless the process was interrupted. If the copies need more than
     half of the free memory, training waits for the save. Only the owner of the checkpoints saves.
     """
 
@@ -209,7 +209,7 @@ class AsyncCheckpointWriter:
         self._collected = True  # whether the last outcome was
 
     def start(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None) -> None:
-        """Start a save (see CheckpointManager.save); the one before must have been collected."""
+        """Start a save (see CheckpointManager.save); the previous one must have been collected."""
         if not self.checkpoints.owner:
             return
         started = time.perf_counter()
@@ -220,7 +220,7 @@ class AsyncCheckpointWriter:
             sys.setswitchinterval(SWITCH_S)
             try:
                 outcome.path = self.checkpoints.save(step, tensors, state, best)
-            except Exception as error:  # whatever it is, it surfaces in collect()
+            except Exception as error:  # any error surfaces in collect()
                 outcome.error = error
             finally:
                 sys.setswitchinterval(usual)
@@ -228,7 +228,7 @@ class AsyncCheckpointWriter:
 
         self._thread = None
         if sum(t.nbytes for named in tensors.values() for t in named.values()) < self.free_bytes() / 2:
-            with contextlib.suppress(RuntimeError, MemoryError):  # less is free than reported; no thread can start
+            with contextlib.suppress(RuntimeError, MemoryError):  # less memory than reported, or no thread can start
                 copies = {f: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for f, ts in tensors.items()}
                 tensors, thread = copies, threading.Thread(target=work, name=f"save-{step}", daemon=True)
                 thread.start()
@@ -252,7 +252,7 @@ class AsyncCheckpointWriter:
         return self._outcome
 
     def overdue(self) -> bool:
-        """Whether the last save failed RETRY_S ago."""
+        """Whether the last save failed at least RETRY_S ago."""
         return time.monotonic() - self._failed_at > RETRY_S
 
     def __enter__(self) -> AsyncCheckpointWriter:
@@ -264,11 +264,11 @@ class AsyncCheckpointWriter:
 
 
 def verify(path: Path, identity: Mapping[str, Any] = ANY_RUN) -> Checkpoint:
-    """Check a checkpoint's files against its manifest, and its identity; a CheckpointCorrupted if anything differs."""
+    """Check a checkpoint's files against its manifest, and its identity; CheckpointCorrupted if anything differs."""
     body = _read_manifest(path)
     names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}  # a Mac's copy adds .DS_Store
     if odd := sorted(names ^ {*body["files"], MANIFEST}):
-        raise CheckpointCorrupted(f"{path / odd[0]}: {'surplus' if odd[0] in names else 'missing'}")
+        raise CheckpointCorrupted(f"{path / odd[0]}: {'unexpected file' if odd[0] in names else 'missing'}")
     for name, expected in body["files"].items():
         if (path / name).is_symlink() or not (path / name).is_file():
             raise CheckpointCorrupted(f"{path / name}: not a plain file")
@@ -277,7 +277,7 @@ def verify(path: Path, identity: Mapping[str, Any] = ANY_RUN) -> Checkpoint:
         except OSError as error:  # a bad sector
             raise CheckpointCorrupted(f"{path / name}: cannot be read: {error.strerror}") from None
         if found != expected:
-            raise CheckpointCorrupted(f"{path / name}: its content is not what was saved")
+            raise CheckpointCorrupted(f"{path / name}: its content differs from what was saved")
     try:
         state = parse_json(read_bytes(path / "state.json"))
     except (UserError, ValueError):
@@ -287,25 +287,25 @@ def verify(path: Path, identity: Mapping[str, Any] = ANY_RUN) -> Checkpoint:
     for key, value in identity.items():
         if key.endswith("_sha256") and body.get("belongs_to", {}).get(key) != value:
             what = key.removesuffix("_sha256")
-            raise CheckpointCorrupted(f"{path}: belongs to another run: its {what} is not this one's")
+            raise CheckpointCorrupted(f"{path}: belongs to another run: its {what} differs")
     return Checkpoint(path, state)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest's body, if its own hash is right and its names stay inside the directory."""
+    """The manifest's body, if its own hash is correct and its names stay inside the directory."""
     try:
         sealed = parse_json(read_bytes(path / MANIFEST))
         body: dict[str, Any] = sealed["body"]
         good = sealed["sha256"] == hashlib.sha256(_dump(body)).hexdigest()
     except (UserError, ValueError, KeyError, TypeError):
-        raise CheckpointCorrupted(f"{path / MANIFEST}: missing or not readable: the save was not finished") from None
+        raise CheckpointCorrupted(f"{path / MANIFEST}: missing or not readable: the save did not finish") from None
     if not good or not isinstance(body, dict):
-        raise CheckpointCorrupted(f"{path / MANIFEST}: its content is not what was saved")
+        raise CheckpointCorrupted(f"{path / MANIFEST}: its content differs from what was saved")
     if body.get("format") != FORMAT:
-        raise CheckpointCorrupted(f"{path / MANIFEST}: format {body.get('format')!r}, and this nanoft reads {FORMAT}")
+        raise CheckpointCorrupted(f"{path / MANIFEST}: format {body.get('format')!r}, but this nanoft reads {FORMAT}")
     files, run = body.get("files"), body.get("belongs_to", {})
     if not isinstance(files, dict) or not isinstance(run, dict) or any(Path(name).name != name for name in files):
-        raise CheckpointCorrupted(f"{path / MANIFEST}: does not list files of its directory, and whose they are")
+        raise CheckpointCorrupted(f"{path / MANIFEST}: does not list the files of its directory and their run")
     return body
 
 

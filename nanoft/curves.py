@@ -1,4 +1,4 @@
-"""The old spelling of `python -m nanoft plot`."""
+"""The former name of `python -m nanoft plot`."""
 
 from nanoft.runtime.command import renamed
 

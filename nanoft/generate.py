@@ -1,4 +1,4 @@
-"""The old spelling of `python -m nanoft chat`."""
+"""The former name of `python -m nanoft chat`."""
 
 from nanoft.runtime.command import renamed
 

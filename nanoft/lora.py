@@ -1,20 +1,20 @@
-"""LoRA (Hu et al. 2021): freeze W, learn a low-rank correction beside it.
+"""LoRA (Hu et al. 2021): freeze W, and learn a low-rank correction.
 
     y = W x + s B A x + b,    A: (r, in) ~ Kaiming uniform,    B: (out, r) = 0,    s = alpha / r
 
-B starts at zero, so a fresh adapter changes nothing, and only r * (in + out) numbers per matrix are trained. A and
-B are kept in float32 whatever the base's number format, because updates of 1e-5 vanish when they are added in bfloat16.
+B starts at zero, so a fresh adapter changes nothing, and only r * (in + out) numbers per matrix are trained. A and B
+are float32 whatever the base's dtype, because updates of 1e-5 vanish when they are added in bfloat16.
 
 Variants:
 
-- rsLoRA (Kalajdzievski 2023): s = alpha / sqrt(r), because alpha / r makes updates of a high rank too small.
+- rsLoRA (Kalajdzievski 2023): s = alpha / sqrt(r), because alpha / r makes updates with a high rank too small.
 - LoRA-FA (Zhang et al. 2023): A keeps its random initial values; only B is trained.
-- DoRA (Liu et al. 2024): the norm of each row of W + s B A is a parameter of its own, m.
-- PiSSA (Meng et al. 2024): A and B start as the r largest singular directions A0, B0 of W, which are taken out of W:
-  y = (W - s B0 A0) x + s B A x. Here W stays as it is, and the change is written as
-  B A - B0 A0 = (B - B0) A + B0 (A - A0): a LoRA of rank 2r, exactly zero at first, whose small differences are taken
-  in float32. So W may be quantized, and the adapter fits it (QPiSSA, which quantizes W - s B0 A0, is something else).
-- Biases can be trained, too, in float32; for whole modules and rows of tokens see nanoft/blocks/trained.py.
+- DoRA (Liu et al. 2024): the norm of each row of W + s B A is a separate parameter, m.
+- PiSSA (Meng et al. 2024): A and B start as the r largest singular directions A0, B0 of W, which are removed from W:
+  y = (W - s B0 A0) x + s B A x. Here W stays unchanged, and the change is written as
+  B A - B0 A0 = (B - B0) A + B0 (A - A0): a LoRA of rank 2r, exactly zero at first, whose small differences are computed
+  in float32. So W may be quantized, and the adapter fits it (unlike QPiSSA, which quantizes W - s B0 A0).
+- Biases can be trained too, in float32; for whole modules and rows of tokens see nanoft/blocks/trained.py.
 
 A new variant is a subclass of `LoRALinear` that overrides `make_factors` (what is trained), `plain_factors` (A and B of
 the change, in the forward pass and in export as plain LoRA) or `apply_magnitude_and_bias`, and an entry of `VARIANTS`.
@@ -38,10 +38,11 @@ from nanoft.blocks.trained import PACKED, Adapter, TrainedCopy, TrainedRows, cop
 from nanoft.config import LoRAConfig
 from nanoft.io.untrusted import time_limit
 from nanoft.nf4 import Frozen, matmul
+from nanoft.runtime.distributed import gathered
 
 WORDS = {"all-linear": "[.]layers[.]|_model_proj", "attention": "[.]self_attn[.]", "mlp": "[.]mlp[.]"}  # of names
 MATCHING_SECONDS = 5.0  # limit for regular expressions, which may be untrusted: `(.+)+!` never ends
-EXACT_SVD = 1024  # of a larger matrix the largest singular vectors are found by iteration
+EXACT_SVD = 1024  # for larger matrices, the largest singular vectors are found by iteration
 SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros can be divided by its norm
 
 
@@ -49,14 +50,14 @@ class LoRALinear(Adapter):
     """A frozen linear with a low-rank correction: y = W x + s B A d(x) + b, with dropout d on the correction only."""
 
     NAMES: ClassVar[dict[str, str]] = {"lora_magnitude_vector": "lora_magnitude_vector", "bias": "base_layer.bias"}
-    FACTORS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # what a checkpoint holds of A and B
-    TRAINED: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # of FACTORS; lora.freeze_a takes lora_A away
+    FACTORS: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # the tensors that determine A and B, in checkpoints
+    TRAINED: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # those of FACTORS that train without lora.freeze_a
     RANKS: ClassVar[int] = 1  # the rank of the change, in units of lora.rank
-    NEEDS_FULL_RANK: ClassVar[bool] = False  # whether W must have as many singular values as the rank
+    NEEDS_FULL_RANK: ClassVar[bool] = False  # whether W must have at least `rank` singular values
 
     lora_A: nn.Parameter  # (r, in)
     lora_B: nn.Parameter  # (out, r)
-    lora_magnitude_vector: nn.Parameter | None  # m: (out,), of DoRA only
+    lora_magnitude_vector: nn.Parameter | None  # m: (out,), for DoRA only
     bias: nn.Parameter | None  # b': (out,), if it is trained
 
     def __init__(self, base: Frozen, lora: LoRAConfig, generator: torch.Generator):
@@ -94,9 +95,9 @@ class LoRALinear(Adapter):
         return a, b
 
     def apply_magnitude_and_bias(self, y: Tensor) -> Tensor:
-        """c (y - b) + b' of y = W x + s B A x + b, with DoRA's c (eq. 5) and the trained bias b', (..., out).
+        """c (y - b) + b' for y = W x + s B A x + b, with DoRA's c (eq. 5) and the trained bias b', (..., out).
 
-        Written as c y + (b' - c b), which is y, bit for bit, as long as c = 1 and b' = b.
+        Computed as c y + (b' - c b), which equals y bit for bit as long as c = 1 and b' = b.
         """
         c, b = self.magnitude_ratio(y.dtype), self.base.bias
         if c is None and self.bias is None:
@@ -111,14 +112,14 @@ class LoRALinear(Adapter):
         return None
 
     def widen(self, x: Tensor) -> Tensor:
-        """[x, A d(x)], (..., in + r), of which W x + s B A d(x) is the product with `weight`."""
+        """[x, A d(x)], (..., in + r), whose product with `weight` is W x + s B A d(x)."""
         if not self.enabled:
             return x
         return torch.cat((x, F.linear(F.dropout(x, self.dropout, self.training), self.factors()[0].to(x.dtype))), -1)
 
     @property
     def weight(self) -> Tensor:
-        """c [W, s B], (out, in + r): kept apart from W because small numbers vanish when bfloat16 adds them to it."""
+        """c [W, s B], (out, in + r): s B is not added to W, because small numbers would vanish in bfloat16."""
         weight = weight_of(self.base)
         if not self.enabled:
             return weight
@@ -145,7 +146,7 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(self.norm(torch.float32))
 
     def measure_base(self) -> None:
-        """Compute the norms of W's rows; again when the base was replaced."""
+        """Compute the norms of W's rows; call it again if the base is replaced."""
         self.norm_kept: Tensor | None = None
         self.squares = torch.linalg.vector_norm(weight_of(self.base), dim=1, dtype=torch.float32).square()
 
@@ -155,8 +156,8 @@ class DoRALinear(LoRALinear):
     def norm(self, dtype: torch.dtype) -> Tensor:
         """|w + s b A| for each row w of W and b of B, (out,), from |w|^2 + 2 s b (A w) + s^2 b A A^T b^T.
 
-        W + s B A itself, (out, in), is not formed; A W^T is computed in `dtype`. To backward, the norm is a constant
-        (DoRA, section 4.3). In inference, when A and B do not change any more, it is computed once.
+        W + s B A itself, (out, in), is not formed; A W^T is computed in `dtype`. In backward, the norm is a constant
+        (DoRA, section 4.3). In inference, when A and B no longer change, it is computed once.
         """
         in_use = not self.training and not torch.is_grad_enabled()
         if in_use and self.norm_kept is not None:
@@ -184,7 +185,7 @@ class PiSSALinear(LoRALinear):
 
     FACTORS = ("lora_A", "lora_B", "lora_A0", "lora_B0")
     RANKS, NEEDS_FULL_RANK = 2, True
-    lora_A0: Tensor  # where A and B started
+    lora_A0: Tensor  # initial values of A and B
     lora_B0: Tensor
 
     def __init__(self, base: Frozen, lora: LoRAConfig, generator: torch.Generator):
@@ -242,18 +243,18 @@ def variant_of(lora: LoRAConfig) -> type[LoRALinear]:
 
 
 def weight_of(base: Frozen) -> Tensor:
-    """W, (out, in): of a quantized linear, the dequantized weight that it multiplies by."""
+    """W, (out, in); for a quantized linear, its dequantized weight."""
     return base.dequantize() if isinstance(base, PACKED) else base.weight.detach()
 
 
 def top_singular_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """U sqrt(S), (out, rank), and sqrt(S) V^T, (rank, in), of the largest singular values of the weight.
 
-    For a large matrix a low-rank approximation: subspace iterations turn 2 * rank random directions towards the
-    largest singular vectors (Halko et al. 2011, algorithm 4.4), and an SVD within that subspace gives the factors.
+    For a large matrix, an approximation: subspace iterations turn 2 * rank random directions towards the largest
+    singular vectors (Halko et al. 2011, algorithm 4.4), and an SVD within that subspace gives the factors.
     """
     weight = weight.float()
-    if weight.device.type == "mps":  # no such decompositions there before PyTorch 2.9, slow ones since
+    if weight.device.type == "mps":  # which has no such decompositions before PyTorch 2.9, and slow ones since
         weight = weight.cpu()
     if min(weight.shape) <= EXACT_SVD:
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
@@ -268,9 +269,9 @@ def top_singular_factors(weight: Tensor, rank: int, generator: torch.Generator) 
 
 
 def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adapter]:
-    """Freeze the model and put adapters on the modules that the settings name; returns them by module name.
+    """Freeze the model and add adapters to the modules that the settings name; return them by module name.
 
-    A UserError names a target that matches nothing, a pattern that matches no adapter, settings that do not fit.
+    Raises a UserError for a target that matches nothing, a pattern that matches no adapter, or unsuitable settings.
     """
     model.requires_grad_(False)
     generator, modules = torch.Generator().manual_seed(seed), list(targets_of(model))
@@ -302,16 +303,17 @@ def make_lora(name: str, base: Any, lora: LoRAConfig, generator: torch.Generator
     variant = variant_of(lora)
     if isinstance(base, nn.Embedding):
         if variant is not LoRALinear or lora.freeze_a:
-            raise UserError(f"lora.target_modules: {name}: an embedding has plain LoRA only: use lora.modules_to_save")
+            raise UserError(f"lora.target_modules: {name}: embeddings take plain LoRA only: use lora.modules_to_save")
         return LoRAEmbedding(base, lora, generator)  # type: ignore[arg-type]
     most = min(base.in_features, base.out_features)
     if variant.NEEDS_FULL_RANK and lora.rank > most:
         raise UserError(f"lora.rank: {lora.rank}: {name} has only {most} singular values: set lora.rank={most}")
-    return variant(base, lora, generator)
+    with gathered(base):  # if it is sharded already
+        return variant(base, lora, generator)
 
 
 def _settings_by_name(names: list[str], lora: LoRAConfig) -> dict[str, LoRAConfig]:
-    """The settings of each low-rank adapter, with its own rank and alpha, by the name of its module."""
+    """The settings of each low-rank adapter, with its own rank and alpha, by module name."""
     for field, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         if unused := next((key for key in pattern if not any(by_pattern({key: 1}, n, 0) for n in names)), None):
             raise UserError(f"lora.{field}: {unused!r} matches no adapter (such as {names[0]})")
@@ -326,7 +328,7 @@ def linears_of(model: nn.Module) -> dict[str, Frozen]:
 
 
 def targets_of(model: nn.Module) -> dict[str, Any]:
-    """What can have a low-rank adapter: the embedding, every linear of the blocks, the head."""
+    """Modules that can have a low-rank adapter: the embedding, every linear of the blocks, the head."""
     found = {name: m for name, m in model.named_modules() if is_linear(m) or isinstance(m, nn.Embedding)}
     if "model.embed_tokens" in found:
         found.setdefault("lm_head", found["model.embed_tokens"])
@@ -347,7 +349,7 @@ def by_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 
 @contextmanager
 def disabled(adapters: dict[str, Adapter]) -> Iterator[None]:
-    """Switch the adapters off, so that the model is its base, for the duration of a `with` block."""
+    """Disable the adapters, so that the model is its base, for the duration of a `with` block."""
     for adapter in adapters.values():
         adapter.enabled = False
     try:

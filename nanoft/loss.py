@@ -1,10 +1,10 @@
 """The loss: the negative log-likelihood of each target token, without ever holding all logits.
 
-For a vocabulary of 32,768 and 4,096 positions the logits alone take 0.5 GB in float32, and their gradient as much
+For a vocabulary of 32,768 and 4,096 positions, the logits alone take 0.5 GB in float32, and their gradient as much
 again, although only positions that predict a target matter (in instruction data often one in five). So the model
-returns the hidden states of those positions only, and `token_nll` takes them a chunk at a time: it computes the
-chunk's logits, losses and gradient, and keeps only the gradient with respect to the hidden states. A chunk is small
-enough for a CPU's cache, where the passes over it are several times faster.
+returns the hidden states of only those positions, and `token_nll` processes them in chunks: it computes the chunk's
+logits, losses and gradient, and keeps only the gradient with respect to the hidden states. A chunk is small enough for
+a CPU's cache, in which the passes over it are several times faster.
 
 With logits l = W h, p = softmax(l) and lse = log sum exp(l), the negative log-likelihood is  L = lse - l[target],
 dL/dl = p - onehot(target),  dL/dh = W^T (p - onehot),  dL/dW = (p - onehot) h^T.
@@ -13,8 +13,8 @@ z lse^2 (Chowdhery et al. 2022, section 5), whose gradient is 2 z lse p: it keep
 the logits are  l = cap tanh(W h / cap),  and  dL/d(W h) = dL/dl (1 - (l / cap)^2).
 
 An objective may weight the tokens (a mean, a preference, an advantage). The gradient of each row is linear in the
-weight g of its token, so backward scales what forward kept:  dh = g dL/dh,  exact for any weights. Of a trained head
-it needs  dW = sum g (p - onehot) h^T,  whose terms cannot be kept: then backward recomputes each chunk.
+weight g of its token, so backward scales the gradient from forward:  dh = g dL/dh,  exact for any weights. A trained
+head needs  dW = sum g (p - onehot) h^T,  whose terms cannot be kept; then backward recomputes each chunk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def token_nll(
 
     Args:
         hidden: hidden states of the tokens whose next token is a target, (..., hidden), n in all; n may be 0.
-        head: output embedding, (vocab, hidden); gets a gradient if it wants one.
+        head: output embedding, (vocab, hidden); gets a gradient if it requires one.
         targets: those next tokens, (n,) int64.
         label_smoothing: probability spread evenly over the vocabulary.
         z_loss: weight of the squared log-normalizer.
@@ -51,7 +51,7 @@ def token_nll(
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
-    """Rows of float32 logits that are computed at once; at least 16, so that the product stays one of matrices."""
+    """Rows of float32 logits to compute at once; at least 16, so that it stays a matrix-matrix product."""
     cache = 16 << 20  # bytes: half of a large last-level cache of a CPU
     enough = 128 << 20  # to fill a GPU: 1,024 rows of a vocabulary of 32,768
     return max(16, (cache if device.type == "cpu" else enough) // (4 * vocab))
@@ -65,14 +65,14 @@ def _chunks(n: int, vocab: int, device: torch.device) -> Iterator[slice]:
 def _chunk_nll(
     logits: Tensor, targets: Tensor, smoothing: float, z_loss: float, cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss of each row, (n,); p, (n, vocab); lse, (n, 1); with a cap dl/d(W h); in float32 from W h, (n, vocab)."""
+    """Loss of each row, (n,); p, (n, vocab); lse, (n, 1); with a cap, dl/d(W h); in float32 from W h, (n, vocab)."""
     slope = None
     if cap is not None:
         logits = soft_cap(logits, cap)
         slope = 1 - (logits / cap).square()
     wide = torch.promote_types(logits.dtype, torch.float32)
     p = logits.softmax(-1, dtype=wide)
-    # The largest p is exp(largest logit - lse) and at least 1 / vocab, so its logarithm is safe and gives lse.
+    # The largest p is exp(largest logit - lse) and at least 1 / vocab, so its logarithm is finite and gives lse.
     lse = logits.amax(-1, keepdim=True).to(wide) - p.amax(-1, keepdim=True).log()
     nll = lse - (1 - smoothing) * logits.gather(-1, targets[:, None]).to(wide)
     if smoothing:
@@ -85,7 +85,7 @@ def _chunk_nll(
 def _logit_gradient(
     p: Tensor, lse: Tensor, slope: Tensor | None, targets: Tensor, smoothing: float, z_loss: float
 ) -> Tensor:
-    """((1 + 2 z lse) p - target distribution) dl/d(W h), computed in p's own memory, (n, vocab)."""
+    """((1 + 2 z lse) p - target distribution) dl/d(W h), computed in place in p, (n, vocab)."""
     if z_loss:
         p *= 1 + 2 * z_loss * lse
     if smoothing:
@@ -102,7 +102,7 @@ class _TokenNLL(torch.autograd.Function):
         want_hidden, want_head = ctx.needs_input_grad[:2]
         nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if want_hidden and not want_head else None
-        weight = head.to(hidden.dtype)  # under autocast the head is float32 and the hidden states are not
+        weight = head.to(hidden.dtype)  # under autocast, the head is float32 but the hidden states are not
         for chunk in _chunks(len(targets), len(head), hidden.device):
             nll[chunk], p, lse, slope = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], *settings)
             if grad_hidden is not None:

@@ -1,15 +1,15 @@
 """The decoder: token ids in, hidden states out.
 
 One class serves many families (nanoft/models/families.py), because they differ only in a few switches: a bias on some
-projections, a norm on queries and keys or on what a block adds, a sliding window, a factor here and there.
+projections, a norm on queries and keys or on a block's outputs, a sliding window, a few factors.
 
     x = embedding[ids]
     in every block:  x = x + attention(norm(x)),  x = x + mlp(norm(x))
     hidden = norm(x),  logits = hidden @ head^T
 
-Every equation stands here once, for training, evaluation and generation. What depends on positions is in the context of
-a forward pass (attention.py); kernels/ has optimized forms of the same equations. Module names equal the names of the
-tensors in most Hugging Face files; for the others the families have a table.
+Every equation is written here once, for training, evaluation and generation. Everything that depends on positions is in
+the context of a forward pass (attention.py); kernels/ has optimized forms of the same equations. Module names equal the
+names of the tensors in most Hugging Face files; the families have a table for the others.
 
 Notation in comments: b batch, q positions, h query heads, g key/value heads, d head size, n target positions.
 """
@@ -46,9 +46,9 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    ropes: tuple[Rope | None, ...]  # per layer; None: positions do not enter there
+    ropes: tuple[Rope | None, ...]  # per layer; None: no rotation
     tied: bool  # the head is the embedding
-    windows: tuple[int | None, ...]  # per layer: how far back a position sees; None: all the way
+    windows: tuple[int | None, ...]  # per layer: number of last positions that a position sees; None: all
     family: str  # its entry in FAMILIES (nanoft/models/families.py)
     has_score: bool = False  # a reward model: one number for each position instead of logits
     qkv_bias: bool = False
@@ -78,8 +78,10 @@ class DecoderConfig:
     layers: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     wrapped: bool = False  # text is one tower of a larger model
 
-    def of_layer(self, layer: int) -> DecoderConfig:
-        return replace(self, **self.layers[layer]) if self.layers else self
+    @property
+    def by_layer(self) -> list[DecoderConfig]:
+        """That of each block."""
+        return [replace(self, **own) for own in self.layers] or [self] * self.num_layers
 
     @property
     def distinct_ropes(self) -> list[Rope]:
@@ -92,7 +94,7 @@ class DecoderConfig:
 
     @property
     def rope(self) -> Rope:
-        """That of the layers that see furthest."""
+        """The rope of the layers with the widest view."""
         return next(iter(self.distinct_ropes), Rope())
 
     def make_norm(self, size: int) -> RMSNorm:
@@ -101,7 +103,7 @@ class DecoderConfig:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 ACTIVATIONS["gelu_tanh"] = partial(F.gelu, approximate="tanh")
-# What an MLP multiplies its input with; "fused": gate and up are rows of one linear (Phi-3).
+# The linears of an MLP's input; "fused": gate and up are rows of one linear (Phi-3).
 MLP_INPUTS = {"gated": ("gate_proj", "up_proj"), "fused": ("gate_up_proj",), "plain": ("up_proj",)}
 # The norms of a block, by their names in files: before attention, after it, before the MLP, after it.
 NORMS: dict[str, tuple[str, str, str, str]] = {
@@ -145,7 +147,7 @@ class SelfAttention(nn.Module):
         return self.o_proj(context.attend(q, k, v, self).flatten(2))
 
     def heads(self, projected: list[Tensor], context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections (b, q, heads * d), split into heads, normed and rotated: (b, q, h or g, d)."""
+        """Projections (b, q, heads * d), split into heads, normalized and rotated: (b, q, h or g, d)."""
         parts: Sequence[Tensor] = projected
         if self.interleaved:  # (b, q, h, 3 d)
             parts = projected[0].unflatten(-1, (-1, 3 * self.head_dim)).chunk(3, dim=-1)
@@ -200,13 +202,13 @@ class Block(nn.Module):
             self.add_module(name, config.make_norm(config.hidden_size))
 
     def norm(self, place: int) -> Callable[[Tensor], Tensor]:
-        """That at a place of NORMS; without one, nothing changes."""
+        """The norm at a place of NORMS; the identity if there is none."""
         return getattr(self, self.norm_names[place]) if self.norm_names[place] else identity
 
     def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
         """The residual stream after this block, (b, q, hidden); at some positions only, (1, n, hidden)."""
         y = self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context)))
-        x, y = select(x, target_positions), select(y, target_positions)  # from here on no position sees another one
+        x, y = select(x, target_positions), select(y, target_positions)  # from here on, positions are independent
         y = self.add(y, self.norm(3)(self.mlp(self.norm(2)(x if self.parallel else y))))
         return per_layer.finish(self, y, context, target_positions)
 
@@ -236,7 +238,7 @@ class Trunk(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config.of_layer(layer), layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(own, layer) for layer, own in enumerate(config.by_layer))
         self.norm = config.make_norm(config.hidden_size)
         per_layer.extend_trunk(self, config)
         if config.positions:
@@ -263,7 +265,7 @@ class Decoder(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The output embedding, (vocab, hidden); with a low-rank adapter wider, as the hidden states are."""
+        """The output embedding, (vocab, hidden); wider with a low-rank adapter, like the hidden states."""
         return self.output.weight  # type: ignore[return-value]
 
     @property
@@ -281,7 +283,7 @@ class Decoder(nn.Module):
         return self._stored_head.dtype
 
     def untie(self) -> None:
-        """Let the head be a module of its own, with the embedding's weight, so that only one of them has an adapter."""
+        """Make the head a separate module, with the embedding's weight, so that only one of them has an adapter."""
         if self.lm_head is None:
             self.config = replace(self.config, tied=False)
             self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")
@@ -299,9 +301,9 @@ class Decoder(nn.Module):
         Args:
             ids: token ids, (batch, seq).
             positions: of each token in its document, (batch, seq); None: 0, 1, 2, ...
-            documents: of a packed batch; None: each sequence is one, padded on the right if at all (no token sees what
-                comes after it, so such padding needs no mask).
-            target_positions: flat positions b * seq + s whose hidden state is wanted, (n,); None: all.
+            documents: of a packed batch; None: each sequence is one, with padding only on the right (which needs no
+                mask, because no token sees later ones).
+            target_positions: flat positions b * seq + s whose hidden state is needed, (n,); None: all.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -322,7 +324,7 @@ class Decoder(nn.Module):
         return x + self.model.embed_positions(positions) if self.config.positions else x
 
     def finish(self, x: Tensor) -> Tensor:
-        """The last hidden states, (..., hidden), of the residual stream; wider with a low-rank adapter on the head."""
+        """The last hidden states, (..., hidden), from the residual stream; wider with an adapter on the head."""
         x = self.model.norm(x)
         x = x if self.config.logit_scale == 1 else x * self.config.logit_scale
         return self.output.widen(x) if isinstance(self.output, Adapter) else x
@@ -332,7 +334,7 @@ class Decoder(nn.Module):
         return self.context_class(self.rotations(positions, dtype, document_lengths(positions, documents)), documents)
 
     def rotations(self, positions: Tensor, dtype: torch.dtype, lengths: Tensor) -> list[Rotation]:
-        """For each rope cos and sin of position * frequency, in float32 inside; lengths: of documents, (b, q or 1)."""
+        """For each rope, cos and sin of position * frequency, in float32; lengths: of documents, (b, q or 1)."""
         found = []
         for rope in self.config.distinct_ropes:
             frequency, factor = rope.angles(self.config.head_dim, lengths[..., None, None])
@@ -345,5 +347,5 @@ class Decoder(nn.Module):
         return found
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden @ head^T in float32, (..., vocab): for generation; the loss never builds all of them."""
+        """hidden @ head^T in float32, (..., vocab), for generation; the loss never holds all logits."""
         return soft_cap(F.linear(hidden, self.head.to(hidden.dtype)).float(), self.config.logit_cap)

@@ -5,13 +5,13 @@ until the answers of a data set are likely. It minimizes, by gradient descent,
 
     loss = sum over target tokens of -log p(token | tokens before it)  /  number of target tokens
 
-LoRA (Hu et al. 2021) leaves every weight matrix W as it is and learns a correction of low rank r beside it:
+LoRA (Hu et al. 2021) leaves every weight matrix W unchanged and learns a correction of low rank r:
 
     y = W x + (alpha / r) B A x        W: (out, in), frozen        A: (r, in), random        B: (out, r), zero at first
 
 Here a model of a million parameters, which knows a small language but has never seen a chat, learns to answer requests
 with tool calls. Run `python nanoft/nano.py`: about a minute on two cores. The rest of nanoft computes the same for many
-models, in less memory, and survives faults; docs/tour.md begins here and shows what each part becomes.
+models, with less memory, and recovers from faults; docs/tour.md starts here and shows how each part develops.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "tiny"
 RANK, ALPHA, EPOCHS, PEAK_RATE, WARMUP, MAX_NORM = 16, 256.0, 3, 5e-4, 0.05, 1.0  # WARMUP: share of the steps
-WINDOW, MICRO_BATCH = 32, 16  # sequences of an optimizer step, and how many of them go through the model at once
+WINDOW, MICRO_BATCH = 32, 16  # sequences of an optimizer step, and of one forward pass
 Chat = list[dict[str, str]]  # [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]
 Sample = tuple[Tensor, Tensor]  # token ids, and which of them are targets, (s,) each
 
 
 def encode(chat: Chat, tokenizer: Tokenizer) -> Sample:
-    """Mistral's chat template. Targets are what the assistant says and </s>, which ends a turn; never the prompt."""
+    """Mistral's chat template. Targets are the assistant's text and </s>, which ends a turn; never the prompt."""
     ids, is_target, opening = list[int](), list[bool](), "<s>[INST]"
     for message in chat:
         if message["role"] == "system":
@@ -49,12 +49,12 @@ def encode(chat: Chat, tokenizer: Tokenizer) -> Sample:
 
 
 def prompt_hash(chat: Chat) -> str:
-    """The chats with the smallest hashes are held out: which ones does not depend on the order of the file."""
+    """The chats with the smallest hashes are held out, so that the split does not depend on the order of the file."""
     return hashlib.sha256(("0\0" + "\n".join(message["content"] for message in chat[:-1])).encode()).hexdigest()
 
 
 class Model:
-    """A Mistral decoder: weights by their names in the file, adapters (A, B) by the name of the linear they correct."""
+    """A Mistral decoder: weights by their names in the file, adapters (A, B) by the name of their linear."""
 
     def __init__(self, directory: Path) -> None:
         self.config = json.loads((directory / "config.json").read_text())
@@ -62,7 +62,7 @@ class Model:
         self.adapters: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Token ids of b sequences with s positions, (b, s), become logits of each next token, (b, s, vocab)."""
+        """From token ids of b sequences with s positions, (b, s), to logits of each next token, (b, s, vocab)."""
         x = self.weights["model.embed_tokens.weight"][ids]  # (b, s, hidden)
         for block in (f"model.layers.{layer}" for layer in range(self.config["num_hidden_layers"])):
             x = x + self.attention(f"{block}.self_attn", self.norm(f"{block}.input_layernorm", x))
@@ -82,8 +82,8 @@ class Model:
         return F.rms_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.config["rms_norm_eps"])
 
     def attention(self, name: str, x: Tensor) -> Tensor:
-        """W_o softmax(q k^T / sqrt(d)) v: each position collects what its query asks for, from the past and itself."""
-        d = self.config["head_dim"]  # of h query heads and g key/value heads: q is (b, h, s, d), k and v (b, g, s, d)
+        """W_o softmax(q k^T / sqrt(d)) v: each position averages the values of earlier positions and its own."""
+        d = self.config["head_dim"]  # with h query heads and g key/value heads, q is (b, h, s, d), k and v (b, g, s, d)
         q, k, v = (self.linear(f"{name}.{p}_proj", x).unflatten(-1, (-1, d)).transpose(1, 2) for p in "qkv")
         k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))  # h / g queries share a key
         scores = self.rotate(q) @ self.rotate(k).transpose(2, 3) / math.sqrt(d)  # (b, h, s, s)
@@ -99,7 +99,7 @@ class Model:
 
 
 def add_adapters(model: Model) -> list[Tensor]:
-    """A and B beside each matrix of the blocks. Returns what is trained: r (in + out) numbers instead of in * out."""
+    """Add A and B to each matrix of the blocks. Returns the trained parameters: r (in + out) instead of in * out."""
     for name in [name for name in model.weights if name.endswith("_proj.weight")]:
         rows, columns = model.weights[name].shape
         A, B = torch.empty(RANK, columns).uniform_(-1, 1) / math.sqrt(columns), torch.zeros(rows, RANK)
@@ -108,15 +108,15 @@ def add_adapters(model: Model) -> list[Tensor]:
 
 
 def nll(model: Model, samples: list[Sample]) -> Tensor:
-    """-log p of each target token, (n,). Padding is on the right, where no other position sees it."""
+    """-log p of each target token, (n,). Padding is on the right, where no token attends to it."""
     ids, is_target = (pad_sequence(list(part), batch_first=True) for part in zip(*samples, strict=True))  # (b, s)
     wanted = is_target[:, 1:]  # the logits at one position predict the token at the next
     return F.cross_entropy(model(ids)[:, :-1][wanted], ids[:, 1:][wanted], reduction="none")
 
 
 def accumulate(model: Model, window: list[Sample]) -> float:
-    """The loss of a window. Gradients of its micro-batches add up in the parameters, all with the window's divisor."""
-    loss, targets = 0.0, sum(int(is_target.sum()) for _, is_target in window)  # of the window: each weighs the same
+    """The loss of a window. The gradients of its micro-batches add up, all divided by the window's target tokens."""
+    loss, targets = 0.0, sum(int(is_target.sum()) for _, is_target in window)  # every token has the same weight
     for start in range(0, len(window), MICRO_BATCH):
         part = nll(model, window[start : start + MICRO_BATCH]).sum() / targets
         part.backward()
@@ -125,7 +125,7 @@ def accumulate(model: Model, window: list[Sample]) -> float:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """A linear rise, while the averages of AdamW are of few gradients, then half a cosine down to 0."""
+    """A linear rise, while AdamW's averages are over few gradients, then half a cosine down to 0."""
     warmup = round(WARMUP * steps)
     t = max(0, step - warmup) / (steps - warmup)
     return PEAK_RATE * min(1, (step + 1) / (warmup + 1)) * (1 + math.cos(math.pi * t)) / 2
@@ -148,7 +148,7 @@ def train(model: Model, parameters: list[Tensor], samples: list[Sample]) -> None
 
 @torch.no_grad()
 def perplexity(model: Model, samples: list[Sample]) -> float:
-    """exp(mean of -log p over all target tokens): 1 is certainty, the size of the vocabulary a blind guess."""
+    """exp(mean of -log p over all target tokens): 1 means certainty, the size of the vocabulary a blind guess."""
     nats = torch.cat([nll(model, samples[at : at + MICRO_BATCH]) for at in range(0, len(samples), MICRO_BATCH)])
     return nats.mean().exp().item()
 
@@ -185,5 +185,5 @@ if __name__ == "__main__":
     train(model, add_adapters(model), [encode(chat, tokenizer) for chat in training])
     merge(model)
     show(model, held_out, tokenizer)
-    shutil.copytree(DEMO / "base", "runs/nano", dirs_exist_ok=True)  # with the new weights, a model for any program
+    shutil.copytree(DEMO / "base", "runs/nano", dirs_exist_ok=True)  # with the merged weights, any program can load it
     save_file({name: w.bfloat16() for name, w in model.weights.items()}, "runs/nano/model.safetensors")

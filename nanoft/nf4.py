@@ -45,7 +45,7 @@ CODES = {
 
 
 class _Packed(nn.Module):
-    """y = x W^T + bias with a frozen W that is stored in parts; what the 4-bit and the 8-bit linear share."""
+    """y = x W^T + bias with a frozen W that is stored in parts: what the 4-bit and the 8-bit linear share."""
 
     NAMES: tuple[str, ...]  # of the parts, in the order that `unpack` takes them
     bias: nn.Parameter | None
@@ -60,17 +60,18 @@ class _Packed(nn.Module):
 
     @classmethod
     def of_parts(cls, parts: list[Tensor], shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Self:
-        """A linear that is packed already; see `unpack` for the parts."""
+        """A linear from packed parts; see `unpack` for them."""
         layer = cls.__new__(cls)
         _Packed.__init__(layer, parts, shape, kind, None, dtype)
         return layer
 
     @property
     def parts(self) -> list[Tensor]:
-        return [part for part in self._buffers.values() if part is not None]
+        held: dict[str, Any] = self._buffers | self._parameters  # the latter if they are sharded
+        return [held[name] for name in self.NAMES if name in held]
 
     def dequantize(self) -> Tensor:
-        """The weight that this layer really multiplies by, (out, in)."""
+        """The weight that this layer multiplies by, (out, in)."""
         return unpack(self.parts, self.kind, self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +93,8 @@ class Linear4bit(_Packed):
             dtype: of the bias, and what the weight is rounded to before it is packed and when it is unpacked.
         """
         if weight.numel() % BLOCK:
-            raise UserError(f"quantization.bits: {tuple(weight.shape)} has no multiple of {BLOCK} weights: use 16")
+            shape = tuple(weight.shape)
+            raise UserError(f"quantization.bits: {shape}: not a multiple of {BLOCK} weights: set quantization.bits=16")
         packed, absmax = pack_4bit(weight.to(dtype), kind)
         scales = pack_scales(absmax) if double else [absmax]
         super().__init__([packed, *scales], weight.shape, kind, bias, dtype)
@@ -134,7 +136,7 @@ def matmul_backward(layer: Frozen, grad: Tensor) -> Tensor:
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """`matmul` with `matmul_backward`; nothing is saved for backward but the layer itself."""
+    """`matmul` with `matmul_backward`; only the layer itself is saved for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Linear4bit | Linear8bit) -> Tensor:
@@ -146,8 +148,8 @@ class _FrozenMatmul(torch.autograd.Function):
         return matmul_backward(ctx.layer, grads[0]), None
 
 
-# One operator, which torch.compile does not look into: were unpacking traced, the compiler would be free to keep the
-# unpacked weights from forward to backward, 14 GB of them at 7B. `define` costs 5 us a call, `custom_op` 25.
+# One operator, which torch.compile does not look into: if unpacking were traced, the compiler could keep the unpacked
+# weights from forward to backward, 14 GB of them at 7B. `define` costs 5 us a call, `custom_op` 25.
 torch.library.define(
     "nanoft::frozen_matmul",
     "(Tensor x, Tensor[] parts, str kind, int[] shape, ScalarType dtype, bool transposed) -> Tensor",
@@ -212,7 +214,7 @@ def pack_scales(absmax: Tensor) -> list[Tensor]:
     nested = values.abs().amax(1)
     scaled = (values * (1 / nested.clamp(min=1e-38))[:, None]).clamp(-1, 1)
     table = _nearest_dynamic()
-    codes = table[((scaled + 1) * 0.5 * (len(table) - 1) + 0.5).int()]  # nearest but for the grid's rounding
+    codes = table[((scaled + 1) * 0.5 * (len(table) - 1) + 0.5).int()]  # nearest, up to the grid's rounding
     codes = (codes * (nested > 0)[:, None]).flatten()[: len(absmax)]
     return [part.to(device) for part in (codes, nested, dynamic_map(), offset)]
 
@@ -246,7 +248,7 @@ def pack_8bit(weight: Tensor) -> list[Tensor]:
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
-    """Slices of the rows of a matrix, each of about a chunk of values, at least one row."""
+    """Slices of the rows of a matrix, each of about one chunk of values and at least one row."""
     step = max(1, (CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // rows.shape[1])
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
@@ -274,20 +276,20 @@ def unpack(parts: list[Tensor], kind: str, shape: tuple[int, ...] | list[int], d
 
 @functools.cache
 def uses_bitsandbytes(device_type: str) -> bool:
-    """Which of the two ways to unpack 4 bits: bitsandbytes on CUDA and the CPU, where it is installed; else a table."""
+    """How to unpack 4 bits: with bitsandbytes on CUDA and the CPU where it is installed, otherwise with a table."""
     return device_type in ("cuda", "cpu") and importlib.util.find_spec("bitsandbytes") is not None
 
 
 def unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
-    import bitsandbytes  # noqa: F401 (its operators are in torch.ops then)
+    import bitsandbytes  # noqa: F401 (this adds its operators to torch.ops)
 
     packed, absmax, *nested = parts
     if nested:
         scales, values, offset = nested
         unpack_scales = torch.ops.bitsandbytes.dequantize_blockwise.default
         absmax = unpack_scales(absmax, scales, values, NESTED, torch.float32) + offset
-    # As rows of 64, whatever the weight's shape: with AVX-512, bitsandbytes 0.50 takes the wrong scales for a weight
-    # whose rows are no multiple of that.
+    # As rows of 64, whatever the weight's shape: with AVX-512, bitsandbytes 0.50 uses the wrong scales for a weight
+    # whose row length is not a multiple of 64.
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, kind, (len(absmax), BLOCK), dtype)
 
 
@@ -307,12 +309,12 @@ def unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _pairs(kind: str, device: torch.device) -> Tensor:
-    """What the two codes in each byte stand for, (256, 2) float32; the first is in the high bits."""
+    """The values of the two codes in each byte, (256, 2) float32; the first is in the high bits."""
     codes = torch.tensor(CODES[kind], dtype=torch.float32)
     return torch.cartesian_prod(codes, codes).to(device)
 
 
 def packed_bytes(layer: Frozen) -> int:
-    """Bytes that the layer's weight really takes: codes, scales and the scales of the scales."""
+    """The bytes that the layer's weight takes: codes, scales and the scales of the scales."""
     parts = [layer.weight] if isinstance(layer, nn.Linear) else layer.parts
     return sum(part.nbytes for part in parts)

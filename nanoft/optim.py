@@ -1,11 +1,11 @@
-"""Optimizers and learning-rate schedules: one table each, beside the mathematics.
+"""Optimizers and learning-rate schedules: one table each, next to the mathematics.
 
 AdamW (Loshchilov & Hutter 2019) keeps two running means for each parameter: 8 bytes in addition to its 4. Where that is
 too much, they are stored in 8 bits each (Dettmers et al. 2022), or in pages that move to the CPU's memory when the GPU
 is full (Dettmers et al. 2023, section 3); SGD keeps one running sum, or nothing. State is named by parameter, never by
 position, so that a checkpoint can be matched to a model. The learning rate is a pure function of the step: there is
 no scheduler state that could be lost. A new optimizer or schedule is an entry of `OPTIMIZERS` or `SCHEDULES`.
-Float16 needs one thing more, a loss scale: `build_scaler`.
+Float16 also needs a loss scale: `build_scaler`.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 def check_optimizer(name: str, device: torch.device) -> None:
-    """Refuse an optimizer that has no kernel for this device: a UserError names the most similar one that has."""
+    """Reject an optimizer that has no kernel for this device; the UserError names the most similar one that has one."""
     devices, here = OPTIMIZERS[name].devices, [n for n, entry in OPTIMIZERS.items() if device.type in entry.devices]
     if name not in here:
         similar = difflib.get_close_matches(name, here, n=1, cutoff=0.0)[0]
-        where = f"{name} runs on {' or '.join(devices)}, and this is {device.type}"
+        where = f"{name} runs on {' or '.join(devices)}, but this device is {device.type}"
         raise UserError(f"training.optimizer: {where}: set training.optimizer={similar}")
 
 
@@ -107,7 +107,7 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], t: TrainingC
     kind = OPTIMIZERS[t.optimizer]
     optimizer = kind.build(groups, t)
     set_learning_rate(optimizer, t.learning_rate)
-    for group in optimizer.param_groups:  # now, so that its memory shows before training and a checkpoint fills it
+    for group in optimizer.param_groups:  # now, so that its memory counts before training and a checkpoint can fill it
         for p in group["params"]:
             optimizer.state[p] = kind.init_state(optimizer, group, p, names[p])
     return optimizer
@@ -131,7 +131,7 @@ def warmup_steps(total_steps: int, c: TrainingConfig) -> int:
 
 
 def learning_rate(step: int, total_steps: int, c: TrainingConfig) -> float:
-    """The learning rate of the step that follows `step` completed ones.
+    """The learning rate of the step after `step` completed ones.
 
     Warm-up rises linearly and reaches the peak at its end; then the schedule falls from 1 to `min_lr_ratio` of it.
     """

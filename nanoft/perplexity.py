@@ -2,8 +2,8 @@
 
     perplexity = exp(sum of -log p(token)  /  number of tokens)
 
-The sums run over every token of every batch and rank, in float64. A mean of the batches' means would weigh tokens by
-how full their batch is, and change with the batch size.
+The sums run over every token of every batch and rank, in float64. A mean of the batches' means would give the tokens
+of a fuller batch less weight, and would change with the batch size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def safe_exp(nats: float) -> float:
 
 @contextmanager
 def evaluating(model: Decoder) -> Iterator[None]:
-    """The model in evaluation mode; afterwards as before, also after an exception: the caller may try again."""
+    """The model in evaluation mode; its mode is restored even after an exception, since the caller may try again."""
     training = model.training
     model.eval()
     try:
@@ -39,7 +39,7 @@ def evaluating(model: Decoder) -> Iterator[None]:
 
 @torch.no_grad()
 def validation_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, int]:
-    """(nats per target token, target tokens) over all batches, which the ranks share; a UserError without targets."""
+    """(nats per target token, target tokens) over all batches, split over the ranks; a UserError without targets."""
     nats, count = 0.0, 0
     with evaluating(model), distributed.same_exception(model.device):
         for batch in share_of_rank(batches):
@@ -50,5 +50,5 @@ def validation_loss(model: Decoder, batches: Iterable[Batch]) -> tuple[float, in
             count += batch.target_tokens
     nats, tokens = distributed.all_reduce_sum(nats, count)
     if not tokens:
-        raise UserError("validation data: no sample has target tokens: see data.train_on")
+        raise UserError("validation data: no sample has target tokens: check data.train_on")
     return nats / tokens, int(tokens)

@@ -1,10 +1,10 @@
 """What a block keeps for its backward pass: its activations, or only its input.
 
-Activation checkpointing (Chen et al. 2016): of some blocks only the input is kept, and backward recomputes the rest
-from it, one block at a time. That costs a second forward pass of those blocks and saves the memory of all but one.
-Offloading moves even the inputs to the CPU, so that no memory of the device grows with the number of layers.
+Activation checkpointing (Chen et al. 2016): some blocks keep only their input, and backward recomputes the rest from
+it, one block at a time. That costs a second forward pass of those blocks and saves the memory of all but one of them.
+Offloading moves even the inputs to the CPU, so that the device's memory does not grow with the number of layers.
 
-The policy wraps the call of a block from outside; the block does not know about it.
+The policy wraps the call of a block; the block itself does not know about it.
 """
 
 from __future__ import annotations

@@ -363,7 +363,7 @@ TOKENIZERS = {
         "tokenizer", part(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "not a valid tokenizer"
     ),
     "doubling": Case(
-        "tokenizer", part(normalizer={"type": "Sequence", "normalizers": [DOUBLE] * 60}), "64 times as long"
+        "tokenizer", part(normalizer={"type": "Sequence", "normalizers": [DOUBLE] * 60}), "64 times longer"
     ),
     "a letter into a book": Case("tokenizer", part(normalizer={**DOUBLE, "content": "b" * 10_000_000}), "64 times"),
     "an expression into a book": Case(
@@ -513,7 +513,7 @@ RUNS = {
     ),
     "PiSSA that is none": Case("run", pissa, "step-000004|do not fit|has|is"),
     "manifest as a pipe": Case("run", pipe(f"{STEP}/manifest.json"), "manifest.json"),
-    "manifest linked from elsewhere": Case("run", link(f"{STEP}/manifest.json"), "manifest.json|surplus"),
+    "manifest linked from elsewhere": Case("run", link(f"{STEP}/manifest.json"), "manifest.json|unexpected file"),
     "manifest of a gigabyte": Case("run", sparse(f"{STEP}/manifest.json", 1 << 30), "manifest.json"),
     "best nested": Case("run", put("best.json", '{"a":' * 80 + "1" + "}" * 80), "best.json"),
     "best outside": Case("run", put("best.json", '{"checkpoint": "/etc/passwd"}'), "checkpoints/passwd"),
@@ -560,7 +560,7 @@ CONFIGS = {
     "bytes that are none": yaml("model: {name: !!binary '='}", "not valid YAML|model.name"),
     "keys that are lists": yaml("? [a]\n: 1"),
     "a control character": yaml("model: {name: '\x07'}"),
-    "a token": yaml(f"model: {{name: {TOKEN}}}", "model.name: contains an access token"),
+    "a token": yaml(f"model: {{name: {TOKEN}}}", "model.name: contains what looks like an access token"),
     "a token in a table": yaml(f"data: {{template_args: {{key: {TOKEN}}}}}", "template_args: contains an access token"),
     "a password": yaml("data: {train_file: 'https://me:secret@x.org/a.jsonl'}", "train_file: contains an access token"),
     "JSON nested": Case("config", put("c.json", '{"model":' * 70 + "1" + "}" * 70), "nested too deeply"),

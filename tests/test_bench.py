@@ -53,11 +53,12 @@ def test_nanoft_and_the_peer_take_the_same_step() -> None:
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     result = json.loads(line)
-    assert list(result)[:5] == ["shape", "nanoft", "peer", "speedup", "memory_ratio"]
-    assert result["losses"]["agree"]
-    assert result["losses"]["largest_difference"] < 1e-5
-    assert result["losses"]["of_grad_norm"] < 1e-4
-    ours, theirs = result["nanoft"], result["peer"]
+    assert list(result)[:5] == ["shape", "nanoft", "peers", "speedup", "memory_ratio"]
+    (check,) = result["losses"].values()
+    assert check["agree"]
+    assert check["largest_difference"] < 1e-5
+    assert check["of_grad_norm"] < 1e-4
+    ours, (theirs,) = result["nanoft"], result["peers"].values()
     assert result["speedup"] == pytest.approx(ours["tok_s"] / theirs["tok_s"], abs=1e-3)
     assert result["memory_ratio"] == pytest.approx(ours["peak_rss_mb"] / theirs["peak_rss_mb"], abs=1e-3)
     assert ours["tok_s_p10"] <= ours["tok_s"] <= ours["tok_s_p90"]
@@ -71,8 +72,8 @@ def test_another_peer_gets_the_options_of_every_peer_and_its_losses_are_not_comp
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["shape"] == "small nf4"
-    assert result["peer"]["peak_rss_mb"] == 2 * 14  # the options that every peer accepts
-    assert not result["losses"]["checked"]
+    assert result["peers"][f"{sys.executable} {peer}"]["peak_rss_mb"] == 2 * 14  # the options that every peer accepts
+    assert not result["losses"]
     assert result["speedup"] == result["nanoft"]["tok_s"]
 
 
@@ -98,8 +99,8 @@ def test_no_ratio_where_the_losses_or_the_gradients_disagree(theirs: dict[str, A
     import step
 
     results = {"nanoft": [side(tok_s=150.0)], "peer": [side(**theirs)]}
-    summary = step.summary(options(), results, {}, CONTROL, foreign=False)
-    assert summary["losses"]["agree"] is agree
+    summary = step.summary(options(), results, {}, CONTROL)
+    assert summary["losses"]["peer"]["agree"] is agree
     assert summary["speedup"] == (1.5 if agree else None)
     assert summary["memory_ratio"] == (1.0 if agree else None)
     assert summary["nanoft"]["percent_of_matmul"] == 25.0
@@ -115,10 +116,35 @@ def test_a_failure_is_a_row_with_its_reason() -> None:
         step.in_process([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
     with pytest.raises(step.Failed, match="MemoryError"):
         step.in_process([sys.executable, "-c", "bytearray(1 << 50)"], 60)
-    summary = step.summary(options(), {"nanoft": [side()], "peer": []}, {"peer": "out | of"}, CONTROL, foreign=False)
-    assert summary["peer"] == {"error": "out | of"}
+    summary = step.summary(options(), {"nanoft": [side()], "peer": []}, {"peer": "out | of"}, CONTROL)
+    assert summary["peers"] == {"peer": {"error": "out | of"}}
     assert summary["speedup"] is None
     assert "failed: out / of" in step.table_row(summary)
+
+
+def test_a_ratio_is_to_the_best_of_the_peers_that_take_the_same_step() -> None:
+    import step
+
+    results = {
+        "nanoft": [side(tok_s=120.0, peak_rss_mb=4), side(tok_s=180.0, peak_rss_mb=4)],
+        "fast": [side(tok_s=80.0, peak_rss_mb=16), side(tok_s=60.0, peak_rss_mb=16)],
+        "small": [side(tok_s=40.0, peak_rss_mb=8), side(tok_s=90.0, peak_rss_mb=8)],
+        "other": [side(tok_s=500.0, losses=[2.0, 1.5])] * 2,
+        "failed": [side()],
+    }
+    summary = step.summary(options(), results, {"failed": "no such module"}, CONTROL)
+    assert summary["speedups"] == [1.5, 2.0]
+    assert summary["memory_ratios"] == [0.5, 0.5]
+    assert "DISAGREE: other" in step.table_row(summary)
+
+
+def test_each_side_is_first_in_a_round() -> None:
+    import step
+
+    names = ["nanoft", "peer", "trl", "unsloth"]
+    orders = [step.rotated(names, number) for number in range(4)]
+    assert all(sorted(order) == names for order in orders)
+    assert [order[0] for order in orders] == names
 
 
 def test_the_work_of_a_step_is_that_of_the_shape() -> None:

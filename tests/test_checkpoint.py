@@ -164,7 +164,7 @@ def test_a_checkpoint_says_whose_it_is_and_another_runs_is_not_taken(tmp_path: P
     newer = CheckpointManager(tmp_path / "a", 3, identity={**mine, "versions": {"torch": "2.13"}})
     assert newer.newest()[0] is not None, "other versions may go on"
     other = CheckpointManager(tmp_path / "a", 3, identity={**mine, "base_sha256": "3"})
-    with pytest.raises(UserError, match="belongs to another run: its base is not this one's"):
+    with pytest.raises(UserError, match="belongs to another run: its base differs"):
         other.newest()
 
 
@@ -481,7 +481,7 @@ def test_the_newest_whole_one_is_taken_and_the_damage_told(tmp_path: Path) -> No
         True,
     ]
     (checkpoints.path(1) / "state.json").unlink()
-    with pytest.raises(UserError, match=r"step-000003.*no other checkpoint is valid: start anew"):
+    with pytest.raises(UserError, match=r"step-000003.*no other checkpoint is valid: start a new run"):
         checkpoints.newest()
 
 

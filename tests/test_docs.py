@@ -291,7 +291,7 @@ ERRORS = {
     "is not supported": "train.py CONFIG --plan model.name=architecture",
     "are not read": "train.py CONFIG model.name=pickle",
     "its tokenizer gives the id": "train.py CONFIG model.name=vocabulary",
-    "take {{ bos_token }} out of the chat template": "train.py CONFIG --preflight model.name=doubled",
+    "remove {{ bos_token }} from the chat template": "train.py CONFIG --preflight model.name=doubled",
     "holds another run (lora.rank: 16 -> 8; ": "train.py CONFIG lora.rank=8 output.dir=runs/tiny",
     "this run has no checkpoint yet": "eval.py runs/empty",
     "already exists": "merge.py RUN --out runs",

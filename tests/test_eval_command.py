@@ -93,7 +93,7 @@ def test_data_that_changed_since_is_noticed(
         records.write_text(whole)
     monkeypatch.setenv("NANOFT_SYSTEM__SEED", "5")
     assert command.main([str(runs / "lora")]) == 2
-    assert "with another seed or data setting" in capsys.readouterr().err
+    assert "another seed or data setting would change the split" in capsys.readouterr().err
 
 
 def test_all_of_another_file_is_measured_whatever_the_run_left_out(tmp_path: Path, runs: Path) -> None:
@@ -157,7 +157,7 @@ def test_an_adapter_directory_compares_with_its_base(runs: Path, tmp_path: Path)
     assert [alone[which] for which in ("base", "tuned", "changes")] == [
         whole[which] for which in ("base", "tuned", "changes")
     ]
-    assert "the training data of the model is unknown" in alone["leakage"]["said"]
+    assert "the model's training data is unknown" in alone["leakage"]["said"]
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
@@ -312,7 +312,7 @@ def test_perplexity_by_a_field_of_the_records(runs: Path, tmp_path: Path, capsys
     assert whole["even"]["tuned"] == pytest.approx(even["perplexity"], rel=1e-5)
     capsys.readouterr()
     assert command.main([str(runs / "lora"), "--data", str(data), "--by", "topics"]) == 2
-    assert "topics: no record has this field: there are prompt, completion, topic" in capsys.readouterr().err
+    assert "topics: no record has this field: choose from prompt, completion, topic" in capsys.readouterr().err
 
 
 def test_a_run_reports_by_field_and_by_the_metrics_of_its_config(runs: Path, tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_prompts_that_were_trained_on_are_found(runs: Path, tmp_path: Path, caps
     whole = figures(runs / "lora", "--data", runs / "data.jsonl", "evaluation.prompts=0", out=tmp_path / "1.json")
     trained = json.loads((runs / "lora" / "report.json").read_text())["data"]["training"]["records"]
     assert (whole["leakage"]["prompts"], whole["leakage"]["exact"]) == (24, trained)
-    assert f"of 24 prompts, {trained} are in the training data word for word" in capsys.readouterr().out
+    assert f"of 24 prompts, {trained} occur verbatim in the training data" in capsys.readouterr().out
     fresh = tmp_path / "fresh.jsonl"
     fresh.write_text(
         "".join(json.dumps({"prompt": f"What is {n}?", "completion": "A number."}) + "\n" for n in range(9))
@@ -373,7 +373,7 @@ def test_a_function_of_ones_own_runs_only_for_who_may_ask(
     (tmp_path / "mine.json").write_text(json.dumps({"evaluation": {"metrics": ["own_half:half"]}}))
     capsys.readouterr()
     assert train.main([str(tmp_path / "mine.json")]) == 2
-    assert "would run code, which only a Python config may ask for" in capsys.readouterr().err
+    assert "a data file must not name code to run" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 
@@ -430,7 +430,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no such run": (["runs/no-such"], "runs/no-such: no such run"),
     "no such directory": (["/no/such", "--data", "DATA"], "/no/such: no such directory"),
     "empty": (["", "--data", "DATA"], "empty"),
-    "no data": (["BASE"], "base: not a run, and a model has no validation data: give --data FILE"),
+    "no data": (["BASE"], "base: a model, not a run, so there is no validation data: give --data FILE"),
     "missing data": (["BASE", "--data", "/no/data.jsonl"], "/no/data.jsonl"),
     "data of no use": (["BASE", "--data", "ROOT/base/config.json"], "config.json"),
     "data missing for a run": (["RUN", "--data", "/no/data.jsonl"], "/no/data.jsonl"),
@@ -441,8 +441,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown field of a run": (["RUN", "evaluation.prompt=3"], "did you mean evaluation.prompts?"),
     "out of range": (["RUN", "evaluation.batch_size=0"], "evaluation.batch_size: 0 is out of range"),
     "another rank": (["RUN", "lora.rank=3"], "lora.rank=3: cannot be changed here"),
-    "another split": (["RUN", "data.validation_split=0.5"], "with another seed or data setting"),
-    "another seed": (["RUN", "system.seed=5"], "with another seed or data setting"),
+    "another split": (["RUN", "data.validation_split=0.5"], "another seed or data setting would change the split"),
+    "another seed": (["RUN", "system.seed=5"], "another seed or data setting would change the split"),
     "another model": (["RUN", "model.name=x"], "model.name=x: cannot be changed here"),
     "json in no directory": (["RUN", "--json", "/no/such/figures.json"], "--json: /no/such/figures.json"),
     "json is a directory": (["RUN", "--json", "ROOT"], "--json: "),
@@ -451,10 +451,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "metric of no module": (["RUN", "evaluation.metrics=no_module:f"], "ModuleNotFoundError"),
     "stride without overlap": (["RUN", "evaluation.stride=256"], "evaluation.stride: 256: windows of"),
     "no such general text": (["RUN", "--general", "/no/text.txt"], "--general: /no/text.txt: no such file"),
-    "empty general text": (["RUN", "--general", "EMPTY"], "is empty: it needs"),
+    "empty general text": (["RUN", "--general", "EMPTY"], "empty: it needs"),
     "no field": (["RUN", "--by", "topic"], "evaluation.by_field: topic: no record has this field"),
     "no adapter to put on other weights": (["ROOT/full", "--quantization"], "has no adapter"),
-    "empty data": (["RUN", "--data", "EMPTY"], "is empty: it needs"),
+    "empty data": (["RUN", "--data", "EMPTY"], "empty: it needs"),
     "no targets": (["RUN", "--data", "MASKED"], "none of its messages is a target"),
     "nothing fits": (["RUN", "model.max_seq_length=8"], "model.max_seq_length"),
 }

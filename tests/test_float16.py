@@ -184,7 +184,7 @@ def test_a_gradient_that_no_scale_helps_is_for_the_guard(
     monkeypatch.setattr(torch.amp.GradScaler, "_unscale_grads_", lambda *_: {torch.device("cpu"): torch.tensor(1.0)})
     in_the_loop(monkeypatch, "clip_grad_norm", infinite, sharding)
     assert train.main(quick(base, tmp_path / "run", **FLOAT16, guard__max_rollbacks=0, guard__max_skips=2)) == 3
-    assert "2 windows in a row could not be used after step 0" in capsys.readouterr().err
+    assert "2 consecutive windows failed after step 0" in capsys.readouterr().err
     assert overflows(tmp_path / "run") == [[0, 0], [0, 1], [0, 2]]
 
 

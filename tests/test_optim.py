@@ -447,7 +447,7 @@ def test_one_kind_of_state_is_not_taken_for_another() -> None:
     _, _, tensors = trained()
     for kind in ("adamw_8bit", "sgd", "sgd-plain"):
         named, optimizer, _ = trained(**ON_CPU[kind])
-        with pytest.raises(UserError, match="start anew"):
+        with pytest.raises(UserError, match="start a new run"):
             load_optimizer_tensors(optimizer, named, tensors)
 
 

@@ -1,4 +1,7 @@
-"""What `train.py configs/tiny.py` shows in terminals of 80 and 120 columns, kept as a text in which numbers are 9."""
+"""What `train.py configs/tiny.py` shows in terminals of 80 and 120 columns, kept as a text in which numbers are 9.
+
+What the other commands show fits into 80 columns, too, except paths and texts of the data.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,21 @@ DATA = re.compile(
 )  # texts of the data, as long as they are
 
 
-def screen(columns: int, place: Path) -> str:
-    """All that a run of two steps shows in a terminal, without what the progress bar overwrites."""
+TRAIN = ("train.py", str(ROOT / "configs" / "tiny.py"), "output.dir=run", *FEW)
+OTHERS = [
+    (*TRAIN, "--plan"),
+    ("eval.py", "run", "--compare-base"),
+    ("merge.py", "run", "--out", "merged"),
+    ("-m", "nanoft", "compare", "run", "run"),
+]
+
+
+def screen(columns: int, place: Path, arguments: tuple[str, ...] = TRAIN) -> str:
+    """All that a command shows in a terminal, without what the progress bar overwrites."""
     master, slave = pty.openpty()
     ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / "tiny.py"), "output.dir=run", *FEW]
-    own = {**os.environ, "XDG_CACHE_HOME": str(place)}  # nothing is from the cache
+    command = [sys.executable, *(str(ROOT / word) if word.endswith(".py") else word for word in arguments)]
+    own = {**os.environ, "XDG_CACHE_HOME": str(place), "PYTHONPATH": str(ROOT)}  # nothing is from the cache
     process = subprocess.Popen(command, cwd=place, env=own, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     shown = b""
@@ -58,12 +70,18 @@ def normalized(text: str) -> str:
     return re.sub(r"-{3,}", "---", re.sub(r"(?<=\S) +", " ", text)) + "\n"
 
 
+def too_long(shown: str, columns: int) -> list[str]:
+    lines = [line for line in shown.splitlines() if len(line) > columns and not DATA.match(line)]
+    return [line for line in lines if str(ROOT) not in line]
+
+
 @pytest.mark.parametrize("columns", rest_is_slow([80, 120], 80))
 def test_a_run_fits_the_terminal_and_looks_as_it_did(columns: int, tmp_path: Path) -> None:
     """After an intended change: WRITE_SCREENS=1 pytest -n0 tests/test_screens.py, and look at the difference."""
     shown = screen(columns, tmp_path)
-    too_long = [line for line in shown.splitlines() if len(line) > columns and not DATA.match(line)]
-    assert [line for line in too_long if not line.startswith("warning:") and str(ROOT) not in line] == []
+    assert too_long(shown, columns) == []
+    for arguments in OTHERS if columns == 80 else ():
+        assert too_long(screen(columns, tmp_path, arguments), columns) == []
     if os.environ.get("WRITE_SCREENS"):
         SCREEN.write_text(normalized(shown), encoding="utf-8")
     assert normalized(shown) == SCREEN.read_text(encoding="utf-8")

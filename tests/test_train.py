@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     capsys.readouterr()
     assert train.main(quick(directory)) == 0
     said = capsys.readouterr().out
-    assert f"{damaged}: its content is not what was saved: going back" in said
+    assert f"{damaged}: its content differs from what was saved: using an earlier checkpoint" in said
     assert "resuming  after step 6 of 8" in said
     assert equal(result(directory), result(whole))
 
@@ -198,7 +198,7 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(
     shutil.rmtree(directory / "checkpoints")
     capsys.readouterr()
     assert train.main(quick(directory, training__max_steps=2)) == 2
-    assert "this run has ended, and its checkpoints are gone" in capsys.readouterr().err
+    assert "this run has ended and has no checkpoints" in capsys.readouterr().err
     assert (directory / "adapter" / "adapter_model.safetensors").read_bytes() == learned
     assert (directory / "report.json").is_file()
 

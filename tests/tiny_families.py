@@ -22,7 +22,7 @@ GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention
 GPT2 = {**dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), "n_inner": 128}
 SLIDING, FULL = "sliding_attention", "full_attention"
 GEMMA4 = {
-    "sliding_window": 8, "global_head_dim": 32, "hidden_size_per_layer_input": 64, "final_logit_softcapping": 3.0,
+    "sliding_window": 8, "global_head_dim": 32, "final_logit_softcapping": 3.0,
     "num_hidden_layers": 6, "layer_types": [SLIDING, SLIDING, FULL] * 2,
 }  # fmt: skip
 GRANITE4 = {
@@ -57,7 +57,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {**GEMMA, "num_hidden_layers": 4, "sliding_window_pattern": 3, "final_logit_softcapping": 3.0, "head_dim": 40},
     ],
     "gemma4_text": [
-        {**GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+        {**GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 64},
         {**GEMMA4, "hidden_size_per_layer_input": 0, "num_hidden_layers": 7, "layer_types": None},
     ],
     "gemma4_unified_text": [

@@ -1,1 +1,1 @@
-"""Parts of a model, or of its training, that are more than a switch of the core."""
+"""Parts of a model or of its training that need more than a switch in the core."""

@@ -1,4 +1,4 @@
-"""Norms: each position of the residual stream scaled to a size of about one, in float32 inside."""
+"""Norms: scale each position of the residual stream to a size of about one, computed in float32."""
 
 from __future__ import annotations
 

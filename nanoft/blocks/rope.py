@@ -1,4 +1,4 @@
-"""Rotary positions: how far each pair of dimensions turns per position, and how a longer context stretches that.
+"""Rotary positions: the angle by which each pair of dimensions turns per position, and its scaling for longer contexts.
 
 angle = position * theta^(-2 i / d)  for the i-th of d / 2 pairs   (RoFormer, Su et al. 2021, eq. 15)
 """
@@ -18,13 +18,13 @@ from nanoft.attention import Documents
 
 @dataclass(frozen=True)
 class Rope:
-    """How positions become angles (RoFormer, Su et al. 2021), and how a longer context stretches them."""
+    """The mapping from positions to angles (RoFormer, Su et al. 2021), and its scaling for longer contexts."""
 
     theta: float = 10000.0
     kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope | proportional
     parameters: Mapping[str, Any] = field(default_factory=dict)
     context: int = 0  # positions of pre-training; beyond them, dynamic and longrope depend on the document's length
-    share: float = 1.0  # of each head's dimensions that is rotated, the first ones
+    share: float = 1.0  # share of each head's dimensions, the first ones, that is rotated
     query_growth: float = 0.0  # b: queries grow by 1 + b ln(1 + floor(position / context)) (Llama 4)
     head_dim: int = 0  # of the layers that it is for; 0: the model's
 
@@ -33,7 +33,7 @@ class Rope:
         return self.kind in ("dynamic", "longrope")
 
     def changes_at(self, length: int) -> bool:
-        """Whether a document's earlier positions turn otherwise than before, once it has this length."""
+        """Whether the angles of a document's earlier positions change when it reaches this length."""
         return (
             length > self.context if self.kind == "dynamic" else self.depends_on_length and length == self.context + 1
         )
@@ -41,7 +41,7 @@ class Rope:
     def angles(self, head_dim: int, lengths: Tensor | int = 0) -> tuple[Tensor, float]:
         """Angular frequencies, (n / 2,) for n rotated dimensions, in radians per position; the factor on cos and sin.
 
-        If they depend on the length, for each of `lengths`, (..., 1): (..., n / 2).
+        If they depend on the length: (..., n / 2), for each of `lengths`, (..., 1).
         """
         theta: Tensor | float
         theta, head_dim = self.theta, int((self.head_dim or head_dim) * self.share)
@@ -50,7 +50,7 @@ class Rope:
             longer = torch.as_tensor(factor * lengths / self.context - (factor - 1)).clamp(min=1)
             theta = theta * longer ** (head_dim / (head_dim - 2))
         frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-        if self.kind == "linear":  # positions are squeezed by `factor` (Chen et al. 2023)
+        if self.kind == "linear":  # positions are divided by `factor` (Chen et al. 2023)
             return frequency / self.parameters["factor"], 1.0
         if self.kind == "proportional":  # the slowest pairs do not turn (Gemma 4)
             frequency[int(self.parameters.get("partial_rotary_factor", 1.0) * head_dim // 2) :] = 0.0
@@ -68,7 +68,7 @@ class Rope:
 
 
 def document_lengths(positions: Tensor, documents: Documents | None) -> Tensor:
-    """Of the document of each position, (b, q); without documents of each sequence, (b, 1), padding included."""
+    """The length of each position's document, (b, q); without documents, of each sequence with padding, (b, 1)."""
     if documents is None:
         return positions.amax(1, keepdim=True) + 1
     lengths = documents.bounds.diff()
@@ -76,7 +76,7 @@ def document_lengths(positions: Tensor, documents: Documents | None) -> Tensor:
 
 
 def _llama3_frequencies(frequency: Tensor, p: Mapping[str, Any]) -> Tensor:
-    """Llama 3.1: slow frequencies divided by `factor`, fast ones kept, a linear blend between."""
+    """Llama 3.1: divide slow frequencies by `factor`, keep fast ones, and blend linearly in between."""
     old_context = p["original_max_position_embeddings"]
     low, high = p["low_freq_factor"], p["high_freq_factor"]
     turns = old_context * frequency / (2 * math.pi)  # full turns over the original context

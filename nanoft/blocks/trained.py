@@ -1,8 +1,8 @@
-"""What can be trained beside low-rank adapters, under the names that PEFT gives it.
+"""Trained parts besides low-rank adapters, under the names that PEFT uses.
 
-`modules_to_save` trains a copy of a whole module; `trainable_token_indices` some rows of the embedding and the head,
-such as those of new tokens; `bias=all` the biases of linears without an adapter. Each is an `Adapter`, as LoRA's are
-(nanoft/lora.py): the frozen module stays, and what is trained is float32 whatever the base's number format.
+`modules_to_save` trains a copy of a whole module; `trainable_token_indices` trains some rows of the embedding and the
+head, such as those of new tokens; `bias=all` trains the biases of linears without an adapter. Each is an `Adapter`,
+like LoRA's (nanoft/lora.py): the frozen module stays, and the trained values are float32 whatever the base's dtype.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PACKED = (Linear4bit, Linear8bit)
 
 
 class Adapter(nn.Module):
-    """A frozen module `base` with trained parameters beside it, or in its place while `enabled`."""
+    """A frozen module `base`, with trained parameters that add to or replace its own while `enabled`."""
 
-    NAMES: ClassVar[dict[str, str]]  # in PEFT's files, of attributes; of others NAME.weight
+    NAMES: ClassVar[dict[str, str]]  # attribute -> its name in PEFT's files; of others, NAME.weight
     base: Any
     enabled: bool
     dropout: float
@@ -36,12 +36,12 @@ class Adapter(nn.Module):
         self.base, self.dropout, self.enabled = base, dropout, True
 
     def merged(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The weight of one module that does the same, float32, from the base's W or some rows of it, in float32."""
+        """The weight of an equivalent single module, float32, from the base's W or some of its rows, in float32."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        """As `merged`, differentiable: what a head multiplies by what `widen` makes of its input."""
+        """Like `merged`, but differentiable: the weight that a head applies to `widen(input)`."""
         raise NotImplementedError
 
     def widen(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Adapter(nn.Module):
 
 
 def apply(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a linear, an embedding or a norm computes, with other parameters."""
+    """The output of a linear, an embedding or a norm with the given parameters."""
     if is_linear(module):
         return F.linear(x, weight, bias)
     own = (weight,) if bias is None else (weight, bias)
@@ -57,7 +57,7 @@ def apply(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 class TrainedCopy(Adapter):
-    """A module whose own parameters, or only its bias, are trained in a copy: y = f(x; W', b')."""
+    """A module with a trained copy of its parameters, or of its bias only: y = f(x; W', b')."""
 
     NAMES: ClassVar[dict[str, str]] = {"copy": "weight", "bias": "bias"}
     copy: nn.Parameter | None
@@ -72,7 +72,7 @@ class TrainedCopy(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)
-        if self.copy is None:  # the bias alone
+        if self.copy is None:  # only the bias
             y = self.base(x)
             return (y + (self.bias - self.base.bias)).to(y.dtype)
         dtype = self.base.weight.dtype
@@ -87,9 +87,9 @@ class TrainedCopy(Adapter):
 
 
 class TrainedRows(Adapter):
-    """An embedding, or a head, in which the rows of some tokens are trained: W'[ids] = R, (n, hidden)."""
+    """An embedding or a head in which the rows of some tokens are trained: W'[ids] = R, (n, hidden)."""
 
-    # PEFT's name, although R are the rows themselves
+    # PEFT's name, although R holds the rows themselves
     NAMES: ClassVar[dict[str, str]] = {"rows": "token_adapter.trainable_tokens_delta"}
     ids: Tensor
 
@@ -120,9 +120,9 @@ class TrainedRows(Adapter):
 
 
 def copied_modules(model: nn.Module, lora: LoRAConfig, targets: set[str]) -> dict[str, tuple[str, ...]]:
-    """Modules with parameters of their own that are trained as copies -> which parameters, in the model's order."""
+    """Modules with own parameters to train as copies -> which parameters, in the model's order."""
     leaves = {name: m for name, m in model.named_modules() if getattr(m, "weight", None) is not None or is_linear(m)}
-    if "lm_head" in lora.modules_to_save and "lm_head" not in leaves:  # it is the embedding: see Decoder.untie
+    if "lm_head" in lora.modules_to_save and "lm_head" not in leaves:  # it is tied to the embedding: see Decoder.untie
         leaves["lm_head"] = model.get_submodule("model.embed_tokens")
     copies: dict[str, tuple[str, ...]] = {}
     for name, leaf in leaves.items():
@@ -139,12 +139,12 @@ def copied_modules(model: nn.Module, lora: LoRAConfig, targets: set[str]) -> dic
 
 
 def is_inside(name: str, saved: str) -> bool:
-    """Whether a module is one that `modules_to_save` names, by the end of its name as in PEFT, or inside of one."""
+    """Whether a module is, or is inside, one that `modules_to_save` names by the end of its name, as in PEFT."""
     return any(f"{name}."[: place.end() - 1].endswith(saved) for place in re.finditer(r"\.", f"{name}."))
 
 
 def token_rows(model: nn.Module, lora: LoRAConfig, others: set[str]) -> dict[str, tuple[int, ...]]:
-    """Module name -> ids of the tokens whose rows are trained in it; `others` have another adapter."""
+    """Module name -> ids of the tokens whose rows are trained in it; `others`: modules with another adapter."""
     rows, names = dict[str, tuple[int, ...]](), {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
     for key, ids in lora.trainable_token_indices.items():
         name, field = names.get(key.rpartition(".")[2], ""), f"lora.trainable_token_indices: {key}"
@@ -152,10 +152,10 @@ def token_rows(model: nn.Module, lora: LoRAConfig, others: set[str]) -> dict[str
             why = "the head of this model is its embedding: remove it" if name else "use embed_tokens and lm_head"
             raise UserError(f"{field}: {why}")
         if name in others:
-            raise UserError(f"{field} is trained already: remove it in one of the two")
+            raise UserError(f"{field}: already trained by another setting: remove one of the two")
         vocab = len(model.get_submodule("model.embed_tokens").weight)  # type: ignore[arg-type]
         if wrong := next((i for i in ids if not 0 <= i < vocab or ids.count(i) > 1), None):
-            raise UserError(f"{field}: {wrong}: each must be an id below {vocab:,}, once")
+            raise UserError(f"{field}: {wrong}: ids must be below {vocab:,}, without duplicates")
         rows[name] = tuple(ids)
     return rows
 

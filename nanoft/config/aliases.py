@@ -1,9 +1,9 @@
-"""Hugging Face's names for nanoft's settings: a flat file written for its Trainer and PEFT runs here, too.
+"""Hugging Face's names for nanoft's settings: a flat file written for the Trainer and PEFT runs here unchanged.
 
     {"model_name": "Qwen/Qwen2.5-3B-Instruct", "use_4bit": true, "lora_r": 16, "num_train_epochs": 3, "bf16": true}
 
-`ALIASES` says what each name means: it sets fields, is refused, or has no counterpart here, which is reported with the
-reason. An unknown name is an error. What a file does not set has nanoft's default, not the Trainer's (learning_rate:
+`ALIASES` maps each name: it sets fields, is refused, or has no counterpart here, which is reported with the reason. An
+unknown name is an error. A field that a file does not set keeps nanoft's default, not the Trainer's (learning_rate:
 2e-4, not 5e-5). `schemas.py` adds the tables of two other schemas.
 """
 
@@ -28,10 +28,10 @@ class Note(str):
 
 @dataclass(frozen=True)
 class Alias:
-    """What a name means: a field, and its value there; one value can set several fields, or none: {} or a Note."""
+    """The field that a name sets, and its value there; one value can set several fields, or none: {} or a Note."""
 
     field: str = ""
-    # value -> value, Settings or Note; None: unchanged. A function raises a ValueError that says what the value must be
+    # value -> value, Settings or Note; None: unchanged. A function raises a ValueError that states the valid values
     values: Mapping[Any, Any] | Callable[[Any], Any] | None = None
     fix: str = ""  # what to do about any other value
     open: bool = False  # other values pass unchanged: `validate_config` checks them
@@ -39,7 +39,7 @@ class Alias:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What became of one name in a file; `note`: why it has no counterpart, or no effect beside another name."""
+    """How one name in a file was translated; `note`: why it has no counterpart, or no effect given another name."""
 
     name: str
     value: Any
@@ -48,12 +48,12 @@ class Meaning:
 
     def __str__(self) -> str:
         became = ", ".join(f"{field}={json.dumps(value, default=str)}" for field, value in self.settings.items())
-        nothing = "not set" if self.value is None else "as it is here by default"
+        nothing = "not set" if self.value is None else "already nanoft's default"
         return f"{self.name}: {json.dumps(self.value, default=str)} -> {became or self.note or nothing}"
 
 
 class Rule(NamedTuple):
-    """Names that have no effect beside another one of `others`, if `applies` to its value and to theirs."""
+    """`names` have no effect when `applies(value of one of others, own value)` holds."""
 
     names: str
     others: str
@@ -90,14 +90,12 @@ def trackers(wanted: Any) -> Any:
     """A tracker, or a list of them."""
     names = sorted({wanted} if isinstance(wanted, str) else set(map(str, wanted)))
     if not set(names) <= {"none", "all", *TRACKERS} or ("none" in names and len(names) > 1):
-        raise ValueError(
-            f"is none of none, {', '.join(sorted(TRACKERS))}: choose any of them; every number is in metrics.jsonl"
-        )
+        raise ValueError(f"is not one of none, {', '.join(sorted(TRACKERS))}: choose one or several of them, or none")
     return ",".join(names)
 
 
 def noted(why: str, *same: Any) -> Alias:
-    """Any value has no counterpart, except those that say how it is here."""
+    """No value has a counterpart, except those in `same`, which describe what nanoft does anyway."""
     return Alias(values=lambda value: {} if value in same else Note(why))
 
 
@@ -105,7 +103,7 @@ DATA_FILES = {"json", "jsonl", "csv", "tsv", "parquet"}
 DTYPES = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 DTYPES |= {f"torch.{name}": DTYPES[name] for name in ("float32", "bfloat16", "float16", "half")}
-TRACKERS = ("wandb", "tensorboard", "trackio")  # and the package and extra of each; auto: the first that is installed
+TRACKERS = ("tensorboard", "trackio", "wandb")  # and the package and extra of each
 OPTIMIZERS: dict[str, Any] = {  # whose names differ
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
@@ -237,7 +235,7 @@ TRANSLATED = {
     ),
     "scale_rewards": Alias("rl.advantage_scale", {True: "group", False: "none", "group": "group", "none": "none"}),
     "use_bias_correction_kl": Alias(values={True: {}}, fix="remove it: the ratio always weighs the divergence"),
-    # What happens anyway, or changes no result
+    # What nanoft does anyway, or what changes no result
     "do_train": Alias(values={True: {}}, fix="eval.py evaluates without training"),
     "do_eval": Alias(values={True: {}}, fix="set eval_strategy=no to evaluate only at the end"),
     "resume_from_checkpoint": Alias(values={True: {}, False: {}}, fix="use --resume PATH"),
@@ -295,7 +293,8 @@ def names_of_grpo(file: Mapping[str, Any]) -> dict[str, Alias]:
 
     def prompts(steps: Any) -> Any:
         if not isinstance(steps, int) or steps * rows % group:
-            raise ValueError(f"x per_device_train_batch_size={rows} answers are no multiple of num_generations={group}")
+            product = f"x per_device_train_batch_size={rows} is not a multiple of num_generations={group}"
+            raise ValueError(f"{product}: change one of them")
         return steps * rows // group
 
     clip = Alias("rl.clip_low", lambda low: {"rl.clip_low": low, "rl.clip_high": low if high is None else high})
@@ -305,7 +304,7 @@ def names_of_grpo(file: Mapping[str, Any]) -> dict[str, Alias]:
 
 
 def translate(file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterable[Rule], where: str) -> list[Meaning]:
-    """What became of each name; a null is the same as no setting. `where` they stand is for messages."""
+    """The meaning of each name; null is the same as no setting. `where` describes the file in error messages."""
     table = {**table, **names_of_grpo(file)}
     reasons = {
         name: f"no effect with {other}: {json.dumps(file.get(other), default=str)}"
@@ -349,7 +348,7 @@ def _meaning(name: str, value: Any, table: Mapping[str, Alias], where: str) -> M
     if isinstance(alias.values, Mapping):
         one = value[0] if isinstance(value, list) and len(value) == 1 else value  # lr_scheduler_type: [linear]
         if isinstance(one, (list, dict)) or (one not in alias.values and not alias.open):
-            options = f"is none of {', '.join(map(str, alias.values))}" if alias.values else "has no counterpart"
+            options = f"is not one of {', '.join(map(str, alias.values))}" if alias.values else "has no counterpart"
             raise UserError(f"{name}: {value!r:.60} {options}" + (f": {alias.fix}" if alias.fix else ""))
         setting = alias.values.get(one, one)
     if isinstance(setting, Note):

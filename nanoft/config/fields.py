@@ -24,7 +24,7 @@ def bounded(default: Any, low: float, high: float = math.inf) -> Any:
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of an error message about an unknown name: the nearest known one, or all of them."""
+    """The end of an error message about an unknown name: the closest known name, or all of them."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f": did you mean {prefix}{match[0]}?" if match else f": choose one of {', '.join(known)}"
 
@@ -51,7 +51,7 @@ def parse(key: str, text: str, hint: Any) -> Any:
             table = parse_yaml(text)  # in its inline form: {instruction: q, response: a}
             if isinstance(table, dict) and all(isinstance(name, str) for name in table):
                 return table
-            raise ValueError("it has no names")
+            raise ValueError("expected names and values")
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)

@@ -1,7 +1,7 @@
-"""Functions of the user's own, which a config names as `package.module:function`.
+"""User-defined functions, which a config names as `package.module:function`.
 
-Importing a module runs it, so such a name is accepted from a Python config, the command line and the environment only,
-never from a file of data (YAML, JSON, a run's config.json): see `loading.py`.
+Importing a module runs it, so such a name is accepted only from a Python config, the command line and the environment,
+never from a data file (YAML, JSON, a run's config.json): see `loading.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from nanoft import UserError
 
 FUNCTION = re.compile(r"(?!regex:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-UNTRUSTED = "untrusted "  # stands before the name of a function that a run's config.json holds
-RUN = "run:"  # in rl.reward, stands before the directory of a reward model's run
+UNTRUSTED = "untrusted "  # prefix of a function name that comes from a run's config.json
+RUN = "run:"  # in rl.reward, the prefix of a reward model's run directory
 
 
 def is_function(name: str) -> bool:
@@ -27,7 +27,7 @@ def is_function(name: str) -> bool:
 
 
 def import_function(name: str, field: str, signature: str) -> Callable[..., Any]:
-    """Import `package.module:function`, from the current directory last; `field` and `signature` are for messages."""
+    """Import `package.module:function`; the current directory is searched last. The rest is for error messages."""
     here = os.getcwd()
     sys.path.append(here)
     try:
@@ -39,7 +39,7 @@ def import_function(name: str, field: str, signature: str) -> Callable[..., Any]
     finally:
         sys.path.remove(here)
     if not callable(found):
-        raise UserError(f"{field}: {name}: is not a function: write def {name.partition(':')[2]}{signature}")
+        raise UserError(f"{field}: {name}: not a function: define def {name.partition(':')[2]}{signature}")
     return found
 
 

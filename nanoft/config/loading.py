@@ -28,21 +28,22 @@ from nanoft.io.untrusted import decode_text, parse_json, parse_yaml, read_bytes
 CONFIGS = Path(nanoft.__file__).parent.parent / "configs"
 ENVIRONMENT_PREFIX = "NANOFT_"
 PATHS = ("model.name", "data.train_file", "data.validation_file", "output.dir")
+NAMING = ("model.name", "data.train_file", "training.objective", "training.method")  # overrides that name a run
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A config, and what became of the names in files of another schema."""
+    """A config, and how the names in files of another schema were translated."""
 
     config: Config
     schema: Schema | None = None  # None: nanoft's own names
     explanation: list[str] = field(default_factory=list)  # for the terminal
-    fields: list[str] = field(default_factory=list)  # the lines of `FIELDS_FILE`: what each name became
+    fields: list[str] = field(default_factory=list)  # the lines of `FIELDS_FILE`: how each name was translated
     names: dict[str, str] = field(default_factory=dict)  # section.field -> its name in a file, for messages
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
-    """The config alone of `read_config`."""
+    """Like `read_config`, but returns the config only."""
     return read_config(path, overrides, environment).config
 
 
@@ -56,12 +57,12 @@ def read_config(path: str | Path, words: Iterable[str] = (), environment: Mappin
     changes = read_overrides(overrides, environment)
     loaded = _read_files([Path(os.path.expanduser(path)), *more], environment)
     config = loaded.config.override(changes)
-    # A shell leaves a ~ in section.field=~/path, and behind a comma.
+    # A shell does not expand a ~ after = (section.field=~/path) or after a comma.
     paths = {name: path for name, path in config.flat().items() if name in PATHS and path}
     home = r"(?:^|(?<=,))\s*(~[^/,]*)"
     expanded = {n: re.sub(home, lambda found: os.path.expanduser(found[1]), path) for n, path in paths.items()}
     config = config.override(expanded)
-    if not config.output.dir:  # the same on machines with other environments
+    if not config.output.dir:  # named without the environment, so that it is the same on every machine
         stems = Path("-".join(file.stem for file in (Path(path), *more)))
         config = config.override({"output.dir": f"runs/{run_name(stems, read_overrides(overrides, {}))}"})
     names = {path: name for path, name in loaded.names.items() if path not in changes}
@@ -94,22 +95,24 @@ def read_overrides(overrides: Iterable[str], environment: Mapping[str, str] = os
 
 
 def run_name(path: str | Path, changes: Mapping[str, str]) -> str:
-    """The name of the config, and a hash of the overrides if there are any: one directory per experiment."""
+    """The config's name; with overrides, also their base, data and method, and a hash of all: one per experiment."""
     kept = sorted(f"{k}={v}" for k, v in changes.items() if not k.startswith(("logging.", "output.")))
     digest = hashlib.sha256("\n".join(kept).encode("utf-8", "surrogateescape")).hexdigest()[:6]
-    return f"{Path(path).stem}-{digest}" if kept else Path(path).stem
+    values = [re.sub(r"\.(jsonl?|csv|tsv|parquet)\b.*", "", Path(changes[k]).name) for k in NAMING if k in changes]
+    words = [re.sub(r"[^A-Za-z0-9._]+", "-", value)[:24].strip("-.") for value in values]
+    return "-".join([Path(path).stem, *filter(None, words), *([digest] if kept else [])])
 
 
 def load_file(path: str | Path, beside: str = "") -> Config:
     """Read one config file: Python (defines `config`), YAML or JSON.
 
-    A config that builds on another gives its `__file__` as `beside`, to whose directory `path` is relative.
+    A config that builds on another passes its own `__file__` as `beside`; `path` is relative to that directory.
     """
     return _read_files([Path(beside).parent / os.path.expanduser(path)], {}).config
 
 
 def _read_files(paths: Sequence[Path], environment: Mapping[str, str]) -> Loaded:
-    """The files merged from left to right; `environment` is for a schema that has names there."""
+    """The files merged from left to right; `environment` is for a schema that reads environment variables."""
     layers: list[tuple[str, Config | dict[str, Any]]] = []
     for where, layer in itertools.chain.from_iterable(_layers(path) for path in paths):
         if layers and (merged := _merge(layers[-1][1], layer)) is not None:
@@ -141,14 +144,14 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Con
         raise UserError(f"{path}: no such config file: try configs/tiny.py")
     with _named(str(path)):
         if path.resolve() in above:
-            raise UserError("base: builds on itself: remove one of the lines")
+            raise UserError("base: this file builds on itself: remove one of the base lines")
         if path.suffix == ".py" and above:
-            raise UserError("base: Python would run code: give both files on the command line, the Python one first")
+            raise UserError("base: must not name a Python file: give both on the command line, the Python file first")
         layer = _run_python(path) if path.suffix == ".py" else _read_tree(path)
         bases = [] if isinstance(layer, Config) else layer.pop("base", None) or []
         bases = [bases] if isinstance(bases, str) else bases
         if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-            raise UserError(f"base: {bases!r:.60} is not the name of a file, or a list of them")
+            raise UserError(f"base: {bases!r:.60} is neither a file name nor a list of file names")
     for base in bases:
         yield from _layers(path.parent / os.path.expanduser(base), (*above, path.resolve()))
     if isinstance(layer, dict) and "provenance" in layer and (path.parent / "metrics.jsonl").is_file():
@@ -157,7 +160,7 @@ def _layers(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Con
 
 
 def _merge(old: Config | dict[str, Any], new: Config | dict[str, Any]) -> dict[str, Any] | None:
-    """Two files with the same kind of names; the later wins, field by field; None: they are of different kinds."""
+    """Merge two files that use the same kind of names, the later wins field by field; None: the kinds differ."""
     if isinstance(old, Config) or isinstance(new, Config) or is_flat(old) != is_flat(new):
         return None
     if is_flat(new):
@@ -167,7 +170,7 @@ def _merge(old: Config | dict[str, Any], new: Config | dict[str, Any]) -> dict[s
 
 
 def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str, str]) -> Loaded:
-    """Change what is loaded so far by the settings of a file; the first file of a schema also has its defaults."""
+    """Apply a file's settings to what is loaded so far; the first file of a schema also brings its defaults."""
     provenance = tree.pop("provenance", None)  # in the config.json of a run
     if not isinstance(provenance, dict | None):
         raise UserError("provenance: not a mapping: the file is corrupted")
@@ -204,9 +207,9 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
 
 
 def _without_functions(config: Config, given: Collection[str], is_of_run: bool) -> Config:
-    """Importing a function runs its module, which no file of data may ask for in the fields `given` there.
+    """Refuse functions in the fields `given` by a data file: importing a function runs its module.
 
-    A run's config.json is read without its own metrics; its own data.format and rewards are marked as untrusted.
+    A run's config.json loses its user-defined metrics; its user-defined data.format and rewards become untrusted.
     """
     metrics, data_format, rewards = config.evaluation.metrics, config.data.format, config.rl.reward
     named = {"data.format": (data_format,), "evaluation.metrics": metrics, "rl.reward": rewards}
@@ -214,8 +217,8 @@ def _without_functions(config: Config, given: Collection[str], is_of_run: bool) 
     for path in (path for path in named if path in given):
         functions = [name for name in named[path] if is_function(name) and not name.startswith(RUN)]
         if functions and not is_of_run:
-            fix = f"write one, or give {path}={functions[0]} on the command line"
-            raise UserError(f"{path}: {functions[0]}: would run code, which only a Python config may ask for: {fix}")
+            fix = f"use a Python config, or give {path}={functions[0]} on the command line"
+            raise UserError(f"{path}: {functions[0]}: a data file must not name code to run: {fix}")
         own.update(functions)
     kept = tuple(name for name in metrics if name not in own)
     marked = [tuple(UNTRUSTED * (name in own) + name for name in names) for names in ((data_format,), rewards)]
@@ -247,5 +250,5 @@ def _run_python(path: Path) -> Config:
     except (Exception, SystemExit) as error:
         raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
     if not isinstance(config, Config):
-        raise UserError("defines no `config`: write config = Config(...)")
+        raise UserError("does not define `config`: add config = Config(...)")
     return config

@@ -19,26 +19,26 @@ MAY_CHANGE_ON_RESUME = {
     "when activations and weights are computed, not their values": "training.checkpointing training.checkpoint_every "
     "quantization.dequantize",
     "where downloads are": "model.cache_dir",
-    "where things are computed": "training.sharding system.device system.memory_gb",
-    "what happens after the next fault": "guard",
-    "only their product counts": "training.micro_batch_size training.gradient_accumulation_steps system.ranks",
+    "where things are computed": "training.sharding system.device system.memory_gb model.base_device",
+    "how the next faults are handled": "guard",
+    "only their product matters": "training.micro_batch_size training.gradient_accumulation_steps system.ranks",
 }
 FREE = {name for names in MAY_CHANGE_ON_RESUME.values() for name in names.split()}
-FIXED = {"evaluation.max_samples"}  # although its section may change: the best loss so far is on those samples
-# Files may move: their contents are compared instead. Key in the provenance -> what it is of, and the fields about it.
+FIXED = {"evaluation.max_samples"}  # although its section may change: the best loss so far was measured on them
+# Files may move: their contents are compared instead. Key in the provenance -> what it identifies, and its fields.
 BY_CONTENT = {
     "data_sha256": ("data", ("data.train_file", "data.validation_file")),
-    "data_files": ("data", ("data.train_file", "data.validation_file")),  # how many there are in each part
+    "data_files": ("data", ("data.train_file", "data.validation_file")),  # the number of files in each part
     "base_sha256": ("base model", ("model.name", "model.revision")),
     "start_sha256": ("adapter of lora.start_from", ("lora.start_from",)),
 }
-# Another number of threads is a warning: sums in another order differ in their last bits.
+# A different number of threads is only a warning: sums in another order differ in their last bits.
 MAY_DIFFER = {"system.threads", *(name for _, names in BY_CONTENT.values() for name in names)}
 # Why the others may not change, by section.
 WHY_FIXED = {
     "model": "the weights or their computation would differ",
     "lora": "the shape, scale or initialization of the adapter would differ",
-    "quantization": "the adapter corrects another base",
+    "quantization": "the adapter was trained on other base weights",
     "data": "the samples or their order would differ",
     "training": "the steps already taken would have been different",
     "evaluation": "the best loss so far was measured on other samples",
@@ -47,7 +47,7 @@ WHY_FIXED = {
 
 
 def resume_fields(config: Config) -> dict[str, Any]:
-    """The fields that must not change when a run is resumed, by their full name."""
+    """The fields that must not change when a run is resumed, by full name."""
     fixed = {n: value for n, value in config.flat().items() if n in FIXED or not {n, n.partition(".")[0]} & FREE}
     return {**fixed, "training.micro_batch_size x gradient_accumulation_steps": config.effective_batch_size()}
 
@@ -60,7 +60,7 @@ def resume_fingerprint(config: Config) -> str:
 
 
 def first_difference(old: Config, new: Config) -> str | None:
-    """The first field that prevents resuming `old`'s run under `new`, and why; None if there is none."""
+    """The first field that prevents resuming the run of `old` with `new`, and why; None if there is none."""
     before, after = resume_fields(old), resume_fields(new)
     for name, value in before.items():
         if value != after[name] and name not in MAY_DIFFER:
@@ -74,23 +74,23 @@ def recorded_settings(recorded: Mapping[str, Any]) -> Config:
 
 
 def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping[str, Any], where: str) -> None:
-    """Refuse to mix two runs in one directory, whose config.json is `recorded`."""
+    """Refuse to mix two runs in one directory; `recorded` is the config.json there."""
     before, known = recorded_settings(recorded), recorded.get("provenance", {})
     if before.system.ranks != config.system.ranks:
         check_ranks(before.effective_batch_size(), config)
     fix = "choose another output.dir"
     if difference := first_difference(before, config):
-        raise UserError(f"output.dir: {where}: holds another run ({difference}): {fix}, or set the field back")
+        raise UserError(f"output.dir: {where}: holds another run ({difference}): {fix}, or restore the field")
     old, new = resume_fields(before), resume_fields(config)
     for key, (what, names) in BY_CONTENT.items():
         if known.get(key) != provenance.get(key):
             other = "".join(f" ({name}: {old[name]} -> {new[name]})" for name in names if old[name] != new[name])
             changed = f"the {what} changed since that run began{other}"
-            raise UserError(f"output.dir: {where}: {changed}: {fix}, or put it back")
+            raise UserError(f"output.dir: {where}: {changed}: {fix}, or restore it")
 
 
 def check_ranks(batch_size: int, config: Config) -> None:
-    """A run can be resumed on another number of processes if the effective batch size stays the same."""
+    """A run can be resumed with another number of processes if the effective batch size stays the same."""
     size, steps, ranks = config.micro_batch_rows(), config.training.gradient_accumulation_steps, config.system.ranks
     now = f"{ranks} processes with {size} x {steps} would make it {config.effective_batch_size()}"
     if config.effective_batch_size() != batch_size:

@@ -1,10 +1,10 @@
-"""Two schemas of other programs whose files run as they are, each recognized by its names.
+"""The config schemas of two other programs, whose files run unchanged; each is recognized by its names.
 
     {"task": "text-generation", "strategy": "qlora", "compute_specs": "low_end", ...}     ModelForge: flat
     training: {batch_size: 2, adam_beta1: 0.9, lr_scheduler_type: cosine}                 MLX: with sections
 
-A schema is a table of names like that of `aliases.py`, the values that its files leave out, and the names that have no
-effect beside others. What became of each name is printed in a few lines and saved in the run directory (`FIELDS_FILE`).
+A schema is a table of names like that of `aliases.py`, its default values, and rules for names that have no effect
+given others. The translation is summarized in a few lines and saved in full in the run directory (`FIELDS_FILE`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIELDS_FILE = "fields.txt"  # in the run directory
 
 @dataclass(frozen=True)
 class Schema:
-    """`defaults`: what a file leaves out, where nanoft's default differs; `environment`: variable -> name."""
+    """`defaults`: the schema's defaults that differ from nanoft's; `environment`: variable -> name."""
 
     name: str
     table: Mapping[str, Alias]
@@ -64,8 +64,8 @@ def tracker(name: str) -> Alias:
     return Alias("logging.report_to", {False: {}, True: if_installed(name, name)})
 
 
-# compute_specs -> the config whose plan fits into the smallest of its GPUs (4, 8, 16 GB), and what it supplies: what
-# depends on memory. For the rest the schema has defaults.
+# compute_specs -> the config whose plan fits the smallest of its GPUs (4, 8, 16 GB). It supplies the fields that depend
+# on memory; the schema has defaults for the rest.
 COMPUTE_SPECS = {"low_end": "gpu_8gb.py", "mid_range": "gpu_12gb.py", "high_end": "gpu_24gb.py"}
 SUPPLIED = """
     model.max_seq_length quantization.bits quantization.type quantization.double quantization.dequantize
@@ -80,7 +80,7 @@ MODELFORGE_ONLY = {
     "provider": Alias(values={"huggingface": {}, "unsloth": Note("nanoft's own kernels are used instead")}),
     "strategy": Alias("training.objective", STRATEGIES),
     "compute_specs": Alias(
-        values={name: Note(f"configs/{file} supplies what the file leaves out") for name, file in COMPUTE_SPECS.items()}
+        values={name: Note(f"configs/{file} supplies the missing settings") for name, file in COMPUTE_SPECS.items()}
     ),
 }
 MODELFORGE_NAMES = {
@@ -116,7 +116,7 @@ MLX_RENAMED = """
 LAYOUT = "the run directory (output.dir) has its own layout: checkpoints/, adapter/, train.log, metrics.jsonl"
 MLX_TRANSLATED = {
     "model.dtype": Alias("model.dtype", DTYPES),
-    "model.trust_remote_code": noted("code that comes with a model is never run, and not needed", False),
+    "model.trust_remote_code": noted("code that comes with a model is never run", False),
     "lora.task_type": ALIASES["task_type"],
     "data.train_split": Alias("data.validation_split", lambda share: round(1 - between(0, 1, bounds="()")(share), 12)),
     "data.seed": noted("system.seed also seeds the split and the order"),
@@ -137,17 +137,17 @@ MLX_TRANSLATED = {
     "system.num_workers": noted("batches are made by the process that trains", 0),
     "system.mixed_precision": Alias(values={True: {}, False: {"model.dtype": "float32"}}),
     "monitoring.track_memory": noted("memory is always watched", True),
-    "monitoring.memory_log_steps": noted("every train line has the memory (training.log_steps)"),
+    "monitoring.memory_log_steps": noted("every train line includes the memory (training.log_steps)"),
     "monitoring.track_gradients": Alias(values={True: {}, False: {"logging.gradient_steps": 0}}),
     "monitoring.save_metrics_plot": Alias(values={True: {}, False: {"logging.plots": "none"}}),
     "monitoring.plot_frequency": Alias("logging.plots"),
-    "evaluation.eval_accumulation_steps": noted("an evaluation keeps sums, and no outputs to move"),
+    "evaluation.eval_accumulation_steps": noted("an evaluation keeps sums, so no outputs have to be moved"),
     "evaluation.generate_samples": Alias(values={True: {}, False: {"evaluation.samples": 0}}),
     "evaluation.sample_temperature": Alias("evaluation.temperature", between(0, 2, bounds="(]")),
     "evaluation.sample_top_p": Alias("evaluation.top_p", between(0, 1, bounds="(]")),
     "advanced.gradient_checkpointing": ALIASES["gradient_checkpointing"],
-    "advanced.use_cache": noted("answers are the same with the cache, and faster", True),
-    "advanced.dataloader_pin_memory": noted("it changes no result here", False),
+    "advanced.use_cache": noted("the cache is always used: the same answers, faster", True),
+    "advanced.dataloader_pin_memory": noted("changes no result here", False),
     "advanced.debug_mode": Alias(values={True: {"system.debug": True}, False: {}}),
     "advanced.detect_anomaly": Alias(values={True: {"system.debug": True}, False: {}}),
 }
@@ -177,11 +177,11 @@ MLX_ENVIRONMENT = """
 
 
 def mlx_warnings(config: Config) -> list[str]:
-    """The warnings of the schema's `validate` that nanoft does not have for every config."""
+    """The warnings of the schema's `validate` that nanoft does not give for every config."""
     t, length, rank = config.training, config.model.max_seq_length, config.lora.rank
     found = {
         f"batch_size={t.micro_batch_size}: more than 4 may run out of memory on 24 GB": config.micro_batch_rows() > 4,
-        f"max_seq_length={length}: more than 2048, the context that this schema knows": length > 2048,
+        f"max_seq_length={length}: more than 2048, the longest context of this schema": length > 2048,
         f"lora.rank={rank}: quite large; 8 to 32 are typical": rank > 64,
         f"learning_rate={t.learning_rate}: above 1e-4 without warm-up": t.learning_rate > 1e-4 and t.warmup_steps == 0,
     }
@@ -190,18 +190,18 @@ def mlx_warnings(config: Config) -> list[str]:
 
 MLX = Schema(
     "MLX",
-    {path: Alias(path) for path in FIELDS} | MLX_NAMES,  # nanoft's own names are accepted, too
+    {path: Alias(path) for path in FIELDS} | MLX_NAMES,  # nanoft's own names are accepted too
     MLX_RULES,
     pairs(MLX_DEFAULTS),
     pairs(MLX_ENVIRONMENT),
     mlx_warnings,
 )
-MLX_SECTIONS = ("monitoring", "advanced")  # that nanoft does not have
+MLX_SECTIONS = ("monitoring", "advanced")  # sections that nanoft does not have
 HUGGING_FACE = Schema("Hugging Face", ALIASES, RULES)
 
 
 def is_flat(tree: Mapping[str, Any]) -> bool:
-    """Whether a file has names at its top, and no sections."""
+    """Whether a file has its names at the top level, without sections."""
     has_settings = any(name in ALIASES or not isinstance(value, Mapping) for name, value in tree.items())
     names = {name for name, value in tree.items() if name in ALIASES and not isinstance(value, Mapping)}  # `rl: dpo`
     return has_settings and not (tree.keys() - names) & {*SECTION_TYPES, *MLX_SECTIONS}
@@ -213,12 +213,12 @@ def recognize(tree: Mapping[str, Any]) -> Schema | None:
         return MODELFORGE if tree.keys() & MODELFORGE_ONLY.keys() else HUGGING_FACE
     names = {f"{section}.{name}" for section, fields in tree.items() if isinstance(fields, Mapping) for name in fields}
     only_theirs = names & MLX_NAMES.keys() - FIELDS.keys()
-    only_ours = names & {alias.field for alias in MLX_NAMES.values()} - MLX_NAMES.keys()  # it calls these otherwise
+    only_ours = names & {alias.field for alias in MLX_NAMES.values()} - MLX_NAMES.keys()  # MLX has other names for them
     return MLX if len(only_theirs) > len(only_ours) else None
 
 
 def for_compute_specs(file: Mapping[str, Any], load: Callable[[str], Config]) -> Settings:
-    """What the config for compute_specs, which `load` reads, supplies to a ModelForge file."""
+    """The fields that the config for compute_specs supplies to a ModelForge file; `load` reads that config."""
     if (given := file.get("compute_specs")) not in list(COMPUTE_SPECS):
         raise UserError(f"compute_specs: {given!r:.60}: set low_end (4-6 GB), mid_range (8-12 GB) or high_end (16 GB)")
     if file.get("provider") == "unsloth" and file.get("max_seq_length", 1) in (None, -1):
@@ -229,16 +229,14 @@ def for_compute_specs(file: Mapping[str, Any], load: Callable[[str], Config]) ->
 
 
 def explain(schema: Schema, meanings: Sequence[Meaning]) -> list[str]:
-    """A few lines for the terminal: how many names set fields, and why others do not."""
+    """A few lines for the terminal: how many names set fields, and why the others do not."""
     notes: dict[str, list[str]] = {}
     for meaning in meanings:
         if meaning.note:
             notes.setdefault(meaning.note, []).append(meaning.name)
     effects = sum(bool(meaning.settings) for meaning in meanings)
     same = len(meanings) - effects - sum(map(len, notes.values()))
-    head = (
-        f"{schema.name} schema: {effects} of {len(meanings)} names set fields ({FIELDS_FILE}), {same} say the default"
-    )
+    counts = f"{effects} of {len(meanings)} names set fields ({FIELDS_FILE}), {same} left at the default"
     lines = [f"{m.name}={m.value} in the environment" for m in meanings if m.name in schema.environment]
     lines += [f"{', '.join(names)}: {why}" for why, names in notes.items()]
-    return [wrap(f"config    {head} or nothing", 10), *(wrap(f"          {line}", 12) for line in lines)]
+    return [wrap(f"config    {schema.name} schema: {counts}", 10), *(wrap(f"          {line}", 12) for line in lines)]

@@ -1,12 +1,12 @@
 """Every setting of a run, in one typed tree.
 
-A config is a value: frozen dataclasses, one per concern, that validate themselves when they are made and never change.
+A config is a value: frozen dataclasses, one per concern, that validate themselves on creation and never change.
 A config file is a small Python module that defines `config`, or YAML/JSON with the same sections, or a flat file with
 Hugging Face's names (nanoft/config/aliases.py). One config builds on another: `base.override(lora={"rank": 8})`.
 Later sources win: the file, then the environment (`NANOFT_TRAINING__MAX_STEPS=20`), then the command line.
 
-Types, ranges and combinations are checked here. Fields marked (table) name an entry of a table elsewhere, such as
-`OPTIMIZERS` in nanoft/optim.py: `validate_config` in nanoft/training/validation.py checks them.
+Types, ranges and combinations are checked here. Fields marked (table) name an entry of a table in another module, such
+as `OPTIMIZERS` in nanoft/optim.py; `validate_config` in nanoft/training/validation.py checks them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Section:
             value = getattr(self, item.name)
             name = f"{SECTION_NAMES[type(self).__name__]}.{item.name}"
             check_type(name, value, hints[item.name])
-            if redact(repr(value)) != repr(value):  # a run's config.json gets shared
-                fix = "remove it and set HF_TOKEN or WANDB_API_KEY; if it is the name of a file, rename that"
-                raise UserError(f"{name}: contains an access token, or what looks like one: {fix}")
+            if redact(repr(value)) != repr(value):  # people share a run's config.json
+                fix = "remove it and set HF_TOKEN or WANDB_API_KEY; if it is a file name, rename the file"
+                raise UserError(f"{name}: contains what looks like an access token: {fix}")
             low, high = item.metadata.get("low", -math.inf), item.metadata.get("high", math.inf)
             for number in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(number, (int, float)) and not low <= number <= high:
@@ -50,11 +50,12 @@ class ModelConfig(Section):
     name: str = ""  # Hub name or directory in the Hugging Face layout
     revision: str = ""  # of a Hub name: branch, tag or commit; empty: its main branch
     cache_dir: str = ""  # of downloads from the Hub, of models and data; empty: HF_HUB_CACHE, else HF_HOME/hub
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute dtype; auto: the fast one of the device
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute dtype; auto: the device's fastest
+    base_device: Literal["auto", "host"] = "auto"  # host: frozen blocks stay in host memory; auto: if a GPU has no room
     max_seq_length: int = bounded(2048, 8)  # tokens per sample; longer samples: data.truncation
     add_tokens: tuple[str, ...] = ()  # new special tokens, whose rows of embedding and head are trained: [<|a|>, <|b|>]
     chat_template: str | None = None  # a file, chatml, or a name in the model's own list; none: the model's own
-    random_init: bool = False  # pre-train from random weights; needs config.json and tokenizer only
+    random_init: bool = False  # pre-train from random weights; only config.json and the tokenizer are needed
 
     @property
     def reference(self) -> str:
@@ -68,7 +69,7 @@ class LoRAConfig(Section):
     alpha: float = bounded(32.0, 1e-6)  # the update is scaled by alpha / rank
     dropout: float = bounded(0.0, 0.0, 0.99)  # probability, on the input of the adapter
     target_modules: tuple[str, ...] = ("all-linear",)  # or attention, mlp, names (q_proj, lm_head), regular expressions
-    # Per module, by name or regular expression; the first match counts:
+    # Per module, by name or regular expression; the first match applies:
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"low": 1, "high": 4096})  # {q_proj: 8}
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"low": 1e-6})  # {q_proj: 16}
     rslora: bool = False  # scale by alpha / sqrt(rank) instead (rsLoRA)
@@ -77,7 +78,7 @@ class LoRAConfig(Section):
     init: str = "default"  # (table) or pissa: start from the top singular vectors of the weight (PiSSA)
     bias: Literal["none", "all", "lora_only"] = "none"  # biases to train; lora_only: of linears with adapters
     modules_to_save: tuple[str, ...] = ()  # modules to train as a whole, such as lm_head, embed_tokens, norm
-    start_from: str = ""  # run or adapter directory to continue from, whose shape is taken
+    start_from: str = ""  # run or adapter directory to continue from; its rank and target modules apply
     # Tokens whose rows of the embedding or the head are trained; model.add_tokens adds its own:
     trainable_token_indices: dict[str, list[int]] = field(default_factory=dict)  # {embed_tokens: [5, 6]}
 
@@ -101,14 +102,14 @@ class DataConfig(Section):
     roles: dict[str, str] = field(default_factory=dict)  # role in the file -> standard name: {agent: assistant}
     delimiter: str | None = None  # of CSV files; none: detected from the header
     label_field: str | None = None  # keep only records whose label is positive (true, 1, good, ...); ignore: all
-    margin_field: str | None = None  # of pairs, for reward models: by how much the chosen answer is better
-    max_samples: int | None = bounded(None, 1)  # records to keep of each file, from its start
+    margin_field: str | None = None  # of pairs, for reward models: how much better the chosen answer is
+    max_samples: int | None = bounded(None, 1)  # records to keep from the start of each file
     # Filtering
     max_bad_records: float = bounded(0.05, 0.0, 1.0)  # largest accepted share of malformed records
     deduplicate: bool = True  # drop exact copies of earlier records
     near_duplicates: float | None = bounded(None, 0.3, 1.0)  # drop records that share this fraction of 5-grams
     leaks: Literal["remove", "warn", "ignore"] = "remove"  # training records with the prompt of a validation record
-    near_leaks: Literal["warn", "remove", "ignore"] = "warn"  # training prompts that nearly equal validation prompts
+    near_leaks: Literal["warn", "remove", "ignore"] = "warn"  # training prompts nearly equal to validation prompts
     min_characters: int = bounded(1, 1)  # per record, over all messages
     max_characters: int | None = bounded(None, 1)  # per record, over all messages
     min_tokens: int = bounded(1, 1)  # per sample
@@ -124,7 +125,7 @@ class DataConfig(Section):
     template_args: dict[str, Any] = field(default_factory=dict)  # for the chat template: {enable_thinking: false}
     unrendered: Literal["refuse", "warn"] = "refuse"  # thoughts, calls, tools that the chat template omits
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # which tokens are targets
-    control_tokens: Literal["text", "parse"] | None = None  # </s> in a text: characters or token; none: asked for
+    control_tokens: Literal["text", "parse"] | None = None  # </s> in a text: characters or a token; none: ask if common
     chunk: bool = True  # split plain texts that are too long into several samples; false: data.truncation
     truncation: Literal["drop", "prompt", "response", "proportional", "reject"] = "drop"  # of long samples
     packing: bool = False  # several samples per sequence; they never attend to each other
@@ -164,22 +165,22 @@ class TrainingConfig(Section):
     weight_decay: float = bounded(0.0, 0.0)  # decoupled (sgd: added to the gradient), of matrices
     beta1: float = bounded(0.9, 0.0, 0.99999)  # decay of the running mean of the gradient
     beta2: float = bounded(0.999, 0.0, 0.99999)  # decay of the running mean of its square
-    epsilon: float = bounded(1e-8, 0.0)  # added to the root of the running square of adamw
+    epsilon: float = bounded(1e-8, 0.0)  # added to the root of adamw's running mean square
     momentum: float = bounded(0.9, 0.0, 0.99999)  # of sgd, which has neither beta nor epsilon
     max_grad_norm: float = bounded(1.0, 0.0)  # clips the global gradient norm; 0: no clipping
     label_smoothing: float = bounded(0.0, 0.0, 0.99)  # probability spread evenly over the vocabulary
-    z_loss: float = bounded(0.0, 0.0, 1.0)  # weight of the squared log-normalizer; 1e-4 where it is used
+    z_loss: float = bounded(0.0, 0.0, 1.0)  # weight of the squared log-normalizer; 1e-4 is usual
     neftune_alpha: float = bounded(0.0, 0.0)  # scale of uniform noise on the embeddings (NEFTune); 5 is usual
     checkpointing: Literal["auto", "none", "every_k", "full", "offload"] = "auto"  # activation checkpointing
     checkpoint_every: int = bounded(2, 1)  # k of every_k: one block in k is recomputed
     sharding: Literal["none", "full"] = "none"  # full: shard weights, gradients and state over the ranks
-    compile: bool = False  # torch.compile each block: takes a minute; a CPU needs a C++ compiler
-    shuffle: bool = True  # another order in each epoch; false: always the order of the files
+    compile: bool = False  # torch.compile each block: takes a minute; on a CPU it needs a C++ compiler
+    shuffle: bool = True  # a new order in each epoch; false: always the order of the files
     # Optimizer steps, a fraction of the run (0.25), or epoch; 0: only at the end
     log_steps: int | float | Literal["epoch"] = bounded(10, 0)  # between `train` lines of metrics.jsonl
     eval_steps: int | float | Literal["epoch", "auto"] = bounded("auto", 0)  # auto: a quarter epoch, at most 100
     save_steps: int | float | Literal["epoch"] = bounded(500, 0)  # between checkpoints; the best are saved anyway
-    keep_checkpoints: int = bounded(3, 1)  # how many of the newest; the best is kept too
+    keep_checkpoints: int = bounded(3, 1)  # number of newest checkpoints to keep; the best is kept too
     early_stopping_patience: int = bounded(0, 0)  # evaluations without improvement; 0: never stop early
     early_stopping_threshold: float = bounded(0.0, 0.0)  # smallest improvement, in nats per target token
     keep_every: int = bounded(0, 0)  # steps between checkpoints that are never deleted; 0: none
@@ -187,13 +188,13 @@ class TrainingConfig(Section):
 
 @dataclass(frozen=True)
 class PreferenceConfig(Section):
-    """Objectives on pairs and labels of answers; what the chosen one does not read is refused (docs/preference.md)."""
+    """Objectives on pairs and labels; a field that the objective does not read is refused (docs/preference.md)."""
 
     loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid"  # of dpo
     beta: float | None = bounded(None, 1e-6)  # weight of the implicit reward; none: 0.1, of simpo 2
     label_smoothing: float = bounded(0.0, 0.0, 0.49)  # share of wrong labels: sigmoid (conservative DPO), robust
     sft_weight: float = bounded(0.0, 0.0)  # of the negative log-likelihood per token of the chosen answers
-    gamma: float = bounded(0.5, 0.0)  # of simpo: by how much the chosen answer's reward has to be larger
+    gamma: float = bounded(0.5, 0.0)  # of simpo: margin by which the chosen answer's reward must be larger
     desirable_weight: float = bounded(1.0, 0.0)  # of kto: of good answers
     undesirable_weight: float = bounded(1.0, 0.0)  # of kto: of bad answers
     center: float = bounded(0.0, 0.0)  # of reward: weight of the squared sum of a pair's rewards; 0.01 is usual
@@ -201,36 +202,36 @@ class PreferenceConfig(Section):
 
 @dataclass(frozen=True)
 class RLConfig(Section):
-    """Objectives that learn from answers which the model samples (docs/rewards.md)."""
+    """Objectives that learn from answers sampled from the model (docs/rewards.md)."""
 
-    reward: tuple[str, ...] = ()  # what answers are worth: metrics (evaluation.metrics), or package.module:function
+    reward: tuple[str, ...] = ()  # how answers are scored: metrics (evaluation.metrics), or package.module:function
     reward_weights: tuple[float, ...] = ()  # of each in the sum; none: 1
     reward_timeout: float = bounded(10.0, 0.0, 86400.0)  # seconds for one answer; 0: none
-    prompts: int = bounded(8, 1)  # of a step
-    group_size: int = bounded(8, 2)  # answers to each prompt
-    updates: int = bounded(1, 1)  # optimizer steps on the answers of a step
+    prompts: int = bounded(8, 1)  # prompts per step
+    group_size: int = bounded(8, 2)  # answers per prompt
+    updates: int = bounded(1, 1)  # optimizer steps on the answers of one step
     temperature: float = bounded(1.0, 0.01)  # of sampling
     top_p: float = bounded(1.0, 1e-6, 1.0)  # sample from the likeliest tokens with this total probability
     max_new_tokens: int = bounded(256, 1)  # tokens per answer
-    mask_truncated: bool = False  # do not learn from answers that reach this limit
-    advantage_scale: Literal["group", "none"] = "group"  # divide by the deviation of a group's rewards, or not
+    mask_truncated: bool = False  # do not learn from answers that reach max_new_tokens
+    advantage_scale: Literal["group", "none"] = "group"  # group: divide by the standard deviation of a group's rewards
     ratio: Literal["token", "sequence"] = "token"  # sequence: the geometric mean over an answer (GSPO)
     clip_low: float = bounded(0.2, 0.0, 1.0)  # ratios below 1 - clip_low have no gradient; with updates > 1
-    clip_high: float = bounded(0.2, 0.0)  # and those above 1 + clip_high; DAPO: 0.28
+    clip_high: float = bounded(0.2, 0.0)  # likewise for ratios above 1 + clip_high; DAPO: 0.28
     loss_normalization: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # by tokens, by answers, by the limit on tokens
     beta: float = bounded(0.0, 0.0)  # weight of the KL divergence from the policy at step 0
 
 
 @dataclass(frozen=True)
 class DistillConfig(Section):
-    """Learning what a teacher would say next (docs/rewards.md)."""
+    """Distillation: learning a teacher's next-token distribution (docs/rewards.md)."""
 
-    teacher: str = ""  # a run, an adapter, or a model of the same vocabulary
-    teacher_bits: Literal[4, 16] = 4  # of a model: 4 is NF4; a run's and an adapter's base is as it was in training
-    on_policy: bool = True  # on answers that the student samples; false: on those of the data
+    teacher: str = ""  # a run, an adapter, or a model with the same vocabulary
+    teacher_bits: Literal[4, 16] = 4  # of a model: 4 is NF4; the base of a run or adapter stays as in its training
+    on_policy: bool = True  # on answers sampled from the student; false: on those of the data
     beta: float = bounded(1.0, 0.0, 1.0)  # 0: KL(teacher | student), 1: KL(student | teacher), between: Jensen-Shannon
     temperature: float = bounded(1.0, 0.01)  # of both models, and of sampling
-    top_k: int = bounded(0, 0)  # compare this many of the teacher's likeliest tokens alone; 0: all
+    top_k: int = bounded(0, 0)  # compare only this many of the teacher's likeliest tokens; 0: all
     max_new_tokens: int = bounded(256, 1)  # tokens per sampled answer
 
     @property
@@ -240,7 +241,7 @@ class DistillConfig(Section):
 
 @dataclass(frozen=True)
 class GuardConfig(Section):
-    """What happens when a loss or gradient norm is not finite, or spikes."""
+    """How the run reacts to a loss or gradient norm that is not finite, or spikes."""
 
     max_skips: int = bounded(5, 1)  # consecutive windows to skip before rolling back to a checkpoint
     max_rollbacks: int = bounded(3, 0)  # before the run ends with exit code 3
@@ -252,17 +253,17 @@ class GuardConfig(Section):
 
 @dataclass(frozen=True)
 class OutputConfig(Section):
-    dir: str = ""  # run directory; empty: runs/<config name>, plus a hash of the overrides if there are any
+    dir: str = ""  # run directory; empty: runs/<config name>; overrides add their base, data and method, and a hash
 
 
 @dataclass(frozen=True)
 class LoggingConfig(Section):
-    level: Literal["debug", "info", "warning", "error"] = "info"  # of the terminal; debug: events of metrics.jsonl, too
+    level: Literal["debug", "info", "warning", "error"] = "info"  # of the terminal; debug: also events of metrics.jsonl
     progress_bar: bool = True  # tqdm, on stderr
     show_example: bool = True  # print one training sample with its target tokens marked
     plots: Literal["none", "end", "epoch", "step"] = "end"  # when to draw the curves; step: every log_steps
     # Trackers besides metrics.jsonl: none, tensorboard, trackio, wandb, or several (wandb,trackio)
-    report_to: str | tuple[str, ...] = "none"  # all: those that are installed; auto: one of them
+    report_to: str | tuple[str, ...] = "none"  # all: those that are installed; auto: one, but not wandb
     gradient_steps: int = bounded(0, 0)  # optimizer steps between gradient norms per module; 0: none
 
 
@@ -271,19 +272,19 @@ class SystemConfig(Section):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     seed: int = bounded(0, 0, 2**32 - 1)  # data order, adapter initialization, dropout
     deterministic: bool = False  # deterministic CUDA kernels (slower); a CPU is always deterministic
-    threads: int = bounded(0, 0, 1024)  # of the CPU; 0: PyTorch's default
+    threads: int | Literal["auto"] = bounded("auto", 0, 1024)  # of the CPU; auto (or 0): the cores that may be used
     memory_gb: float | None = bounded(None, 0.1)  # of the device, for --plan on another machine
     ranks: int = bounded(1, 1)  # world size: the number of processes that torchrun starts
-    profile: bool = False  # write a profile of a few steps into profile/
-    kernels: Literal["auto", "plain"] = "auto"  # plain: the formulas of the core only; slower, more memory
-    debug: bool = False  # name the operation whose gradient is NaN, and stop (several times slower)
+    profile: bool = False  # write a profile of a few steps to profile/
+    kernels: Literal["auto", "plain"] = "auto"  # plain: only the core's formulas; slower, more memory
+    debug: bool = False  # stop at the first NaN gradient and name its operation (several times slower)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(Section):
     batch_size: int = bounded(16, 1)  # sequences per forward pass
     max_samples: int | None = bounded(None, 1)  # validation samples for the loss, at most
-    prompts: int = bounded(200, 0)  # held-out prompts that base and tuned model answer at the end
+    prompts: int = bounded(200, 0)  # held-out prompts that the base and the tuned model answer at the end
     prompt_batch_size: int = bounded(64, 1)  # prompts generated at once
     max_new_tokens: int = bounded(128, 1)  # tokens per answer
     temperature: float = bounded(0.0, 0.0)  # of sampling; 0: greedy
@@ -293,10 +294,10 @@ class EvaluationConfig(Section):
     repetition_penalty: float = bounded(1.0, 0.01)  # divides the logits of earlier tokens; 1: no effect
     metrics: tuple[str, ...] = ()  # (table) besides exact match; the first picks the winner: docs/evaluation.md
     by_field: str | None = None  # record field: report perplexity for each of its values
-    stride: int | None = bounded(None, 1)  # tokens; of windows over texts beyond the context; none: half of it
-    samples: int = bounded(3, 0)  # of the prompts, whose answers are shown: at each evaluation, and in the report
-    on_start: bool = False  # evaluate before the first step, too
-    general_file: str | None = None  # texts for the perplexity of general text at the end: does the model forget?
+    stride: int | None = bounded(None, 1)  # tokens between windows over texts beyond the context; none: half of it
+    samples: int = bounded(3, 0)  # prompts whose answers are shown at each evaluation and in the report
+    on_start: bool = False  # also evaluate before the first step
+    general_file: str | None = None  # general texts, whose perplexity at the end shows how much the model forgot
 
 
 @dataclass(frozen=True)
@@ -320,17 +321,21 @@ class Config:
     def __post_init__(self) -> None:
         t, d, bits, sharded = self.training, self.data, self.quantization.bits, self.training.sharding == "full"
         stride, length = self.evaluation.stride, self.model.max_seq_length
-        packed = f"quantization.bits: {bits}"
         packed_full = t.method == "full" and bits != 16
-        _refuse(packed_full, f"{packed} needs a frozen base: set it to 16 or training.method=lora")
-        fix = "set it to 16 (each of N processes holds an Nth of it) or training.sharding=none"
-        _refuse(sharded and bits != 16, f"{packed}: packed weights cannot be sharded: {fix}")
+        _refuse(packed_full, f"quantization.bits: {bits} needs a frozen base: set it to 16 or training.method=lora")
         fix = "not supported with training.sharding=full: change one of them"
         _refuse(sharded and t.compile, f"training.compile: {fix}")
+        host, again = self.model.base_device == "host", t.checkpointing
+        fix = "model.base_device: host: not supported with"
+        _refuse(host and t.method == "full", f"{fix} training.method=full: nothing is frozen: remove one of them")
+        _refuse(host and sharded, f"{fix} training.sharding=full: remove one of them")
+        _refuse(host and t.compile, f"{fix} training.compile: set that to false")
+        keeps = host and again in ("none", "every_k")
+        _refuse(keeps, f"training.checkpointing: {again}: model.base_device=host recomputes all blocks: set it to full")
         per_module = sharded and self.logging.gradient_steps
         _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
         idle = t.early_stopping_patience and not t.eval_steps
-        _refuse(idle, "training.early_stopping_patience: no effect with training.eval_steps=0: raise that")
+        _refuse(idle, "training.early_stopping_patience: no effect with training.eval_steps=0: raise eval_steps")
         for name in ("log_steps", "eval_steps", "save_steps"):
             wrong = isinstance(every := getattr(t, name), float) and not 0 < every < 1
             _refuse(wrong, f"training.{name}: {every}: set a number of steps, a fraction of the run below 1, or epoch")
@@ -339,7 +344,7 @@ class Config:
         random = self.model.random_init and t.method != "full"
         _refuse(random, "model.random_init: adapters cannot train random weights: set training.method=full")
         no_b = t.lora_plus_ratio != 1 and t.method != "lora"
-        _refuse(no_b, "training.lora_plus_ratio: needs training.method=lora: set that, or the ratio to 1")
+        _refuse(no_b, "training.lora_plus_ratio: needs training.method=lora: set method=lora, or the ratio to 1")
         _refuse(not self.lora.target_modules, "lora.target_modules: empty: name at least one module, such as q_proj")
         check_expressions(self.lora)
         tokens = self.model.add_tokens and t.method == "full"
@@ -379,7 +384,7 @@ class Config:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def flat(self) -> dict[str, Any]:
-        """The same by full name: section.field -> value."""
+        """The values by full name: section.field -> value."""
         return flatten(self.to_dict())
 
     @classmethod
@@ -395,12 +400,12 @@ class Config:
 
     @property
     def sampled_tokens(self) -> int:
-        """The most tokens of an answer that training samples; 0: its answers are those of the data."""
+        """The longest answer that training samples, in tokens; 0: its answers come from the data."""
         return self.rl.max_new_tokens if self.rl.reward else self.distill.sampled_tokens
 
     @property
     def answer_tokens(self) -> int:
-        """The most tokens of an answer to a held-out prompt: at least those of answers that training samples."""
+        """The longest answer to a held-out prompt, in tokens: never shorter than those that training samples."""
         return max(self.evaluation.max_new_tokens, self.sampled_tokens)
 
     def micro_batch_rows(self) -> int:
@@ -410,7 +415,7 @@ class Config:
 
     @property
     def sample_length(self) -> int:
-        """The most tokens of a sample of the data; any, if training samples answers in the place of its own."""
+        """The longest sample of the data, in tokens; unlimited if sampled answers replace those of the data."""
         return 2**31 - 1 if self.sampled_tokens else self.model.max_seq_length
 
 
@@ -424,7 +429,7 @@ def check_expressions(lora: LoRAConfig) -> None:
     for name in ("target_modules", "rank_pattern", "alpha_pattern"):
         for expression in getattr(lora, name):
             try:
-                with warnings.catch_warnings(action="ignore"):  # of syntax that may change
+                with warnings.catch_warnings(action="ignore"):  # about syntax that may change
                     re.compile(expression)
                     re.compile(rf"(.*\.)?({expression})$")  # as a pattern's key is used
             except (re.error, RecursionError, OverflowError) as error:
@@ -447,7 +452,7 @@ def flatten(tree: Mapping[str, Any], also: Collection[str] = ()) -> dict[str, An
 
 
 def config_warnings(config: Config, total_steps: int | None = None) -> list[str]:
-    """Valid settings that are probably a mistake, one line each; more is known once the number of steps is."""
+    """Valid settings that are probably a mistake, one line each; some need the number of steps."""
     t, warnings, long = config.training, [], "more than 20 % of the steps are warm-up"
     total_steps = total_steps or t.max_steps
     if t.warmup_steps is None and t.warmup_ratio > 0.2:
@@ -457,7 +462,7 @@ def config_warnings(config: Config, total_steps: int | None = None) -> list[str]
     if (size := config.effective_batch_size()) < 4:
         fix = "raise training.gradient_accumulation_steps"
         warnings.append(f"effective batch size {size}: gradients are noisy below 4: {fix}")
-    adaptive = t.optimizer.startswith("adamw")  # others take learning rates of another order
+    adaptive = t.optimizer.startswith("adamw")  # other optimizers need learning rates of another magnitude
     if adaptive and t.method == "lora" and t.learning_rate > 5e-4:
         warnings.append(f"training.learning_rate={t.learning_rate}: above 5e-4, LoRA on large models may diverge")
     if adaptive and t.method == "full" and t.learning_rate > 1e-4 and not config.model.random_init:

@@ -1,7 +1,7 @@
-"""One pass over the data files: records are filtered, rendered, tokenized, split and written to the cache.
+"""One pass over the data files: filter, render, tokenize and split the records, and write them to the cache.
 
-read -> check -> seen before? -> render -> encode -> fits? -> token ids on disk         one pass, streamed
-near duplicates -> split -> leaks -> weights                                             on a few numbers per record
+read -> check -> seen before? -> render -> encode -> fits? -> token ids on disk      one pass, streamed
+near duplicates -> split -> leaks -> weights                                         on a few numbers per record
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from nanoft.io.bars import Bar
 PERCENTILES = (50, 90, 99, 100)
 REFUSED = "refused by the chat template"
 TOKENS, REJECTED, REPORT = "tokens.bin", "rejected.jsonl", "report.json"
-NEAR_EQUAL = 0.9  # share of tokens that the answers of a pair have in common, from which they are counted
+NEAR_EQUAL = 0.9  # share of common tokens from which the answers of a pair count as nearly equal
 NEAR = 0.8  # Jaccard similarity of near-equal prompts, unless data.near_duplicates is set
 FULL_TEXT, PROMPT = "full_text.sig", "prompt.sig"  # MinHash signatures, while building
 Version = tuple[list[Message], float]  # the messages of a sample, and its label
 
 
 class DatasetBuilder:
-    """Writes a data set to a directory, with a few numbers for each record and each sample in memory."""
+    """Writes a data set to a directory; only a few numbers per record and per sample stay in memory."""
 
     def __init__(
         self, directory: Path, data: DataConfig, tokenizer: ChatTokenizer, max_length: int, seed: int,
@@ -51,18 +51,18 @@ class DatasetBuilder:
         self.max_length, self.seed = max_length, seed
         self.removed: Counter[str] = Counter()
         self.first_malformed: list[str] = []
-        self.notes: dict[str, tuple[int, str]] = {}  # what has no effect or another: how many records, the first place
+        self.notes: dict[str, tuple[int, str]] = {}  # note -> number of records, location of the first
         self.shapes: list[dict[str, Any]] = []
         self.read = self.target_tokens_lost = self.samples_lost = self.near_leaks = 0
         self.chunked_texts = self.chunks = self.shared_prompts = 0
-        self.held_out = ""  # how much, and by what
+        self.held_out = ""  # how many records, and by which criterion
         self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
         self.seen_systems: set[int] = set()
-        self.in_flight: dict[int, tuple[Conversation, Iterator[Version]]] = {}  # rendered, not yet encoded
+        self.in_flight: dict[int, tuple[Conversation, Iterator[Version]]] = {}  # rendered but not yet encoded
         self.unit: list[tuple[Sample, list[Message]]] = []  # the first answer of a pair, until the second is encoded
-        self.near_equal = self.answers_cut = 0  # pairs whose answers hardly differ; samples whose answer lost its end
-        self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample, and why
-        # per record; those of type Q are keys of the split
+        self.near_equal = self.answers_cut = 0  # pairs with nearly equal answers; samples whose answer lost its end
+        self.lost: dict[int, tuple[str, str]] = {}  # records that lost a sample -> kind, reason
+        # per record; arrays of type Q hold keys of the split
         self.file, self.line, self.time = array("l"), array("q"), array("d")
         self.prompt, self.normalized_prompt, self.content, self.group = (array("Q") for _ in range(4))
         self.stratum: list[Any] = []
@@ -127,7 +127,7 @@ class DatasetBuilder:
             self._check_control_tokens()
 
     def _versions(self, item: Conversation) -> list[Version]:
-        """What becomes a sample, with its label: the best answer before each worse one, or every answer once."""
+        """What becomes a sample, with its label: the best answer paired with each worse one, or every answer once."""
         if self.learns == "pairs":
             return [(messages, item.label) for worse in item.worse for messages in (item.messages, worse)]
         return [(item.messages, item.label), *((worse, 0.0) for worse in item.worse)]
@@ -142,12 +142,12 @@ class DatasetBuilder:
             self._check_control_tokens()
 
     def _check_control_tokens(self) -> None:
-        """A UserError if most texts of a file, which is no chat, have control tokens: the user has to choose."""
+        """Raise a UserError if most texts of a file without chats have control tokens: the user has to choose."""
         shape, count = self.shapes[-1], self.shapes[-1]["control_tokens"]
         is_chat = shape["shape"].partition(":")[0] in ("messages", "sharegpt")
         if self.data.control_tokens is None and not is_chat and 2 * count > shape["records"]:
             what = f"is a control token of this tokenizer, as in {count:,} of {shape['records']:,} records"
-            fix = "set data.control_tokens=parse if the token is meant, or data.control_tokens=text if its characters"
+            fix = "set data.control_tokens=parse to read it as the token, or data.control_tokens=text as characters"
             raise UserError(f"{shape['first_control_token']} {what}: {fix}")
 
     def _note(self, item: Conversation, *notes: str) -> None:
@@ -180,7 +180,7 @@ class DatasetBuilder:
                 return
 
     def _unwanted(self, item: Conversation, is_validation: bool) -> tuple[str, str] | None:
-        """(kind, reason) why a valid record is not rendered; None: it is."""
+        """(kind, reason) why a valid record is dropped; None if it is kept."""
         count, shortest, longest = item.characters(), self.data.min_characters, self.data.max_characters
         if count < shortest:
             return "too short", f"{count} characters, fewer than data.min_characters={shortest}"
@@ -194,7 +194,7 @@ class DatasetBuilder:
         return None
 
     def _add_record(self, item: Conversation, file: int) -> int:
-        """Note what the split depends on; returns the record's number."""
+        """Store what the split depends on; return the record's number."""
         data, prompt = self.data, item.prompt()
         key = functools.partial(filters.split_key, seed=self.seed)
         self.file.append(file)
@@ -210,16 +210,16 @@ class DatasetBuilder:
             length_bin = 1 << (max(item.characters(), 1).bit_length() - 1)  # 512 to 1023 characters: 512
             self.stratum.append(length_bin if strata == "length" else item.fields[strata])
         if filters.looks_truncated(item):
-            self._note(item, "the last reply stops in mid-sentence")
+            self._note(item, "the last answer stops in mid-sentence")
         if CONTROL.search(text := item.full_text()):
             self._note(item, "control characters are kept")
         if filters.is_garbled(text):
-            self._note(item, "a text seems to be UTF-8 read in another encoding (Ã©, â€™), or has U+FFFD")
-        if item.label and any(map(filters.repeats_itself, item.answers())):  # a bad answer may be bad in that way
+            self._note(item, "a text looks like UTF-8 decoded with another encoding (Ã©, â€™), or has U+FFFD")
+        if item.label and any(map(filters.repeats_itself, item.answers())):  # rejected answers may well repeat
             self._note(item, "an answer repeats one phrase over and over")
         if self.signatures and item.messages and item.messages[0]["role"] == "system":
             system = key(item.messages[0]["content"])
-            if system in self.seen_systems:  # a system message that an earlier record has is not signed
+            if system in self.seen_systems:  # signatures leave out a system message that an earlier record has
                 item = item.without_system()
             self.seen_systems.add(system)
         for name, stream in self.signatures.items():
@@ -245,7 +245,7 @@ class DatasetBuilder:
             self._add_unit([*samples], [*contents], conversation)
 
     def _add_unit(self, samples: list[Sample], versions: list[list[Message]], conversation: Conversation) -> None:
-        """Write the samples of a unit, truncated if need be; or note why they are lost."""
+        """Write the samples of a unit, truncated if necessary, or record why they are lost."""
         data, longest = self.data, max(len(sample.ids) for sample in samples)
         fitted: list[Sample] | None = None
         targets = [int(sample.is_target.sum()) for sample in samples]
@@ -254,7 +254,7 @@ class DatasetBuilder:
                 limits = self.tokenizer, self.max_length, data.truncation, data.train_on
                 fitted = fit(samples, versions, conversation, *limits)
         if fitted and len(fitted) == 2 and np.array_equal(fitted[0].ids, fitted[1].ids):
-            fitted = None  # equal, or cut before they differ
+            fitted = None  # equal, or truncated before they differ
         kept = [int(sample.is_target.sum()) for sample in fitted or []]
         self.target_tokens_lost += sum(targets) - sum(kept)
         is_equal = len(samples) == 2 and np.array_equal(samples[0].ids, samples[1].ids)
@@ -288,7 +288,7 @@ class DatasetBuilder:
         self.lost.setdefault(samples[0].record, lost)
 
     def _check_records(self) -> None:
-        """Reject records of which no sample is left; stop if too many are malformed, or none is left at all."""
+        """Reject records without a remaining sample; raise if too many are malformed, or if no record is left."""
         for record in sorted(self.lost.keys() - set(self.record)):
             self._reject_record(record, *self.lost[record])
         bad, refused, limit = self.removed[MALFORMED], self.removed[REFUSED], self.data.max_bad_records
@@ -303,7 +303,7 @@ class DatasetBuilder:
             reasons = ", ".join(f"{count} {kind}" for kind, count in self.removed.most_common()) or "there were none"
             fix = f": none fits model.max_seq_length={self.max_length}: raise it" if self.removed["too long"] else ""
             fix += ", or set data.truncation=prompt" if fix and self.data.truncation != "prompt" else ""
-            fix += ": set data.label_field to their field, or training.objective=sft" if self.removed[UNLABELED] else ""
+            fix += ": set data.label_field to the label, or training.objective=sft" * bool(self.removed[UNLABELED])
             raise UserError(f"data: none of {self.read} records is left ({reasons}){fix}")
 
     def _split(self) -> tuple[Array, Array]:
@@ -321,7 +321,7 @@ class DatasetBuilder:
             pool &= ~near
         count, is_own = int(pool.sum()), data.validation_file is None
         size = self._held_out_size(count) if is_own else int(is_validation.sum())
-        # If a prompt is too frequent to be held out, or to be a leak, its records are compared by prompt and answer.
+        # If a prompt is too frequent to be held out or to count as a leak, its records compare by prompt and answer.
         is_frequent = filters.is_frequent(prompts, pool, size if is_own else min(size, count / 2))
         content = np.array(self.content, np.uint64)
         if is_own:
@@ -360,7 +360,7 @@ class DatasetBuilder:
         at_least = int(self.data.validation_split > 0 and count > 1)
         size = self.data.validation_size or max(round(self.data.validation_split * count), at_least)
         if size >= count > 1:
-            raise UserError(f"data.validation_size: {size}: there are {count} records: leave some for training")
+            raise UserError(f"data.validation_size: {size} of only {count} records: leave some for training")
         return size
 
     def _hold_out(self, pool: Array, keys: Array, size: int) -> Array:
@@ -442,7 +442,7 @@ class DatasetBuilder:
         return described
 
     def _describe_answers(self, samples: TokenDataset) -> dict[str, Any]:
-        """How many answers are preferred, and how long they and the others are on average, in tokens."""
+        """The number of preferred answers, and the mean length of these and of the others, in tokens."""
         lengths, is_good = np.array(self.targets, np.int64)[samples.chosen], filters.is_preferred(samples)
         mean = {
             name: round(float(lengths[own].mean()), 1)

@@ -1,10 +1,10 @@
-"""One chat template: how it wants its messages, and what it puts around an answer.
+"""One chat template: the form in which it reads messages, and the text that it puts around an answer.
 
-Templates differ in what they read: the thought of an answer is `reasoning_content` in one and `thinking` in another;
-the arguments of a call are an object in one and JSON text in another. `render` gives each what it reads. The
-text around an answer (an empty thought before it, the token that ends the turn) is found once, by rendering a
-placeholder as the answer. In some families (GLM) the turn is ended by the token of the next role, which the template
-writes only when that turn comes.
+Templates read different names: the thought of an answer is `reasoning_content` in one and `thinking` in another; the
+arguments of a call are an object in one and JSON text in another. `render` gives each template what it reads. The text
+around an answer (an empty thought before it, the token that ends the turn) is found once, by rendering a placeholder as
+the answer. In some families (GLM), the token of the next role ends the turn; the template writes it only when that
+turn follows.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from nanoft.data.formats import Message
 from nanoft.data.template_sandbox import TEMPLATE_ERRORS, BoundedEnvironment, LimitExceeded, find_marks
 from nanoft.data.tokenizer_files import PLACEHOLDER, read_template
 
-# For a base model without a template: ChatML as plain text, since the model does not have ChatML's tokens; a turn ends
+# For a base model without a template: ChatML as plain text, because the model lacks ChatML's tokens; an answer ends
 # with the end-of-sequence token.
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content }}"
     "{{ (eos_token if message.role == 'assistant' else '<|im_end|>') + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# For `model.chat_template=chatml`, if the model does have them.
+# For `model.chat_template=chatml`, if the model has these tokens.
 CHATML = DEFAULT_TEMPLATE.replace("(eos_token if message.role == 'assistant' else '<|im_end|>')", "'<|im_end|>'")
 THOUGHT = re.compile(r"\s*<(\w+)>(.*?)</\1>\s*", re.DOTALL)  # at the beginning of an answer
 EMPTY_THOUGHT = re.compile(r"\s*<(\w+)>\s*</\1>\s*")  # <think></think>
 THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templates call the thought of an answer
 # What closes a thought, besides </name> for <name>: Cohere's tokens, Gemma 4's channel.
 CLOSINGS = {"<|START_THINKING|>": "<|END_THINKING|>", "<|channel>thought": "<channel|>"}
-OPEN_THOUGHT = re.compile(  # a thought that a prompt opens at its end, and perhaps closes at once
+OPEN_THOUGHT = re.compile(  # a thought that the end of a prompt opens, and perhaps closes at once
     r"\s*(?P<opening><\w+>|<\|START_THINKING\|>|<\|channel>thought)(?P<space>\s*)"
     r"(?P<closed>(?:</\w+>|<\|END_THINKING\|>|<channel\|>)\s*)?$"
 )
@@ -89,14 +89,14 @@ class ChatTemplate:
                 self.next_role[role] = following[0]
 
     def render(self, messages: list[Message], add_generation_prompt: bool, variables: Mapping[str, Any]) -> Marked:
-        """The string that the model sees, and the spans of {% generation %} in it; raises TemplateRefusal."""
+        """The text that the model sees, and the spans of {% generation %} in it; raises TemplateRefusal."""
         given = {"documents": None, "add_generation_prompt": add_generation_prompt, **self._special, **variables}
         if self._thought != THOUGHT_NAMES[0]:
             messages = [{self._thought if k == THOUGHT_NAMES[0] else k: m[k] for k in m} for m in messages]
         calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
         try:
             text = self._attempt(messages, given)
-            # Arguments that it shows as Python shows an object, {'city': 'Rome'}, were expected as JSON text.
+            # A template that prints arguments like a Python object, {'city': 'Rome'}, expects JSON text instead.
             if not any(call["arguments"] and str(call["arguments"]) in text for call in calls):
                 return find_marks(text)
         except TemplateRefusal as refusal:
@@ -112,16 +112,16 @@ class ChatTemplate:
             return self._environment.render(self._compiled, messages=messages, **variables)
         except TEMPLATE_ERRORS as error:
             said = str(error)
-            if not isinstance(error, TemplateError):  # a Python error says little without its line
+            if not isinstance(error, TemplateError):  # a Python error needs its line to be understood
                 frames = traceback.walk_tb(error.__traceback__)
                 lines = [line for frame, line in frames if frame.f_code.co_filename == "<template>"]
-                said = f"it fails in its line {lines[-1] if lines else '?'}: {error or 'nested too deeply'}"
+                said = f"it fails at line {lines[-1] if lines else '?'}: {error or 'nested too deeply'}"
             raise TemplateRefusal(f"the chat template refuses these messages: {said}") from error
 
     def _end_of_turn(self, first: re.Match[str] | None, text: str) -> re.Match[str] | None:
-        """The token that ends the turn: of the first run of control tokens, the first that is a stop, or the first.
+        """The token that ends the turn: the first stop token in the first run of control tokens, or else its first.
 
-        Cohere: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, of which the second stops.
+        Cohere: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>, of which the second is the stop token.
         """
         run = first
         while run and run[0] not in self._stops:
@@ -129,7 +129,7 @@ class ChatTemplate:
         return run or first
 
     def end_of_answer(self, text: str, start: int) -> int:
-        """Behind the token that ends the turn; what a template adds to it (a newline) is not a target."""
+        """The position after the token that ends the turn; what a template adds (a newline) is not a target."""
         if self.tail and text.endswith(self.tail):
             return len(text) - len(self.tail) + len(self._ending or self.tail.rstrip())
         found = list(self._control.finditer(text, start))
@@ -139,7 +139,7 @@ class ChatTemplate:
         return last if found and not text[last:].strip() else len(text.rstrip())
 
     def end_of_mark(self, text: str, end: int) -> int:
-        """Behind the token that ends the turn: the last one in the mark that ends at `end`, or one that follows it."""
+        """The position after the token that ends the turn, the last inside the mark that ends at `end` or after it."""
         inside = text[:end].rstrip()
         if any(match.end() == len(inside) for match in self._control.finditer(inside)):
             return len(inside)
@@ -147,9 +147,9 @@ class ChatTemplate:
         return following.end() if following else end
 
     def verbatim(self, message: Message, text: str, start: int) -> int:
-        """Where the turn ends, if just the answer and its end follow `start`: saves a rendering; else 0."""
+        """Where the turn ends if exactly the answer and its end follow `start`, which saves a rendering; else 0."""
         if self.has_empty_thought and message.get("content", "")[:1].isspace():
-            return 0  # it follows the thought that is taken out
+            return 0  # the space follows the thought, which is removed
         lead = "" if self.has_empty_thought else self.lead
         for words in self.verbatim_answers(message) if self._ending else ():
             if text.startswith(lead + words + self._ending, start):
@@ -157,12 +157,12 @@ class ChatTemplate:
         return 0
 
     def verbatim_answers(self, message: Message) -> list[str]:
-        """A plain answer as templates write it: as it is, or trimmed."""
+        """A plain answer in the two forms that templates write: unchanged, or trimmed."""
         content = message.get("content", "")
         return [words for words in (content, content.strip()) if words and message.keys() <= {"role", "content"}]
 
     def _probe(self, following: list[Message]) -> tuple[str, str] | None:
-        """What the template puts between the prompt and an answer (or nothing, if they do not fit), and after it."""
+        """The text between the prompt and an answer (empty if they do not fit together), and the text after it."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PLACEHOLDER}]
         for tools in (None, [TOOL]):  # some need tools
             try:
@@ -210,9 +210,9 @@ def parts_of(message: Message) -> list[tuple[str, str, Message]]:
 
 
 def continue_thought(opened: re.Match[str] | None, message: Message, answer: str, variables: Set[str]) -> str:
-    """An answer behind a prompt that ends in <think>: the rest of the thought, </think> and the answer.
+    """An answer to a prompt that ends with <think>: the rest of the thought, </think> and the answer.
 
-    Without a thought, the model closes it at once; behind an empty one, <think></think>, a thought is refused.
+    Without a thought, the model closes it at once; after an empty one, <think></think>, a thought is refused.
     """
     if opened is None:
         return answer
@@ -223,11 +223,11 @@ def continue_thought(opened: re.Match[str] | None, message: Message, answer: str
         if (thought + said).strip():
             names = " or ".join(sorted(name for name in variables if "think" in name)) or "a variable"
             fix = f"set {names} to match the answers, in data.template_args or each record's chat_template_kwargs"
-            raise TemplateRefusal(f"the chat template closes the thought in the prompt, the answer has one: {fix}")
+            raise TemplateRefusal(f"the answer has a thought, but the prompt ends with a closed one: {fix}")
         return answer
-    if answer.startswith(closing):  # the template shows that there is none
+    if answer.startswith(closing):  # the template closes the thought: there is none
         return answer
-    if closes and not answer.startswith(opening):  # it removes the thought
+    if closes and not answer.startswith(opening):  # the template removes the thought
         answer = content[: len(content) - len(rest.lstrip())].lstrip() + answer
     if closes or answer.startswith(opening):
         return answer.removeprefix(opening).removeprefix(space)

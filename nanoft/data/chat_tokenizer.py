@@ -1,21 +1,21 @@
-"""Chat messages to token ids, and which of those ids are targets.
+"""Turn chat messages into token ids, and mark which of them are targets.
 
-A chat model never sees messages; it sees one string that a template rendered from them. Training must render exactly as
+A chat model never sees messages, but one text that a template renders from them. Training must render exactly as
 inference does, and the loss must cover exactly what the model has to produce: each assistant turn and the token that
-ends it. Both come from rendering, never from searching the text for markers:
+ends it. Both follow from rendering, never from searching the text for markers:
 
     before = render(messages[:i], add_generation_prompt=True)      the prompt
     after  = render(messages[:i + 1])                              the prompt, answered
 
 `before` must be a prefix of `after`, and `after`, up to the end of the turn, a prefix of the whole conversation; the
 target is what lies between. The marks of a template with {% generation %} are used, and verified in the same way. A
-template that rewrites history (it drops earlier reasoning) breaks the second condition: then each assistant turn
+template that rewrites history (by dropping earlier reasoning) breaks the second condition; each assistant turn then
 becomes a sample of its own, rendered as at inference.
 
-Some templates break the first: they open a thought in the prompt that an answered turn does not show (DeepSeek-R1), or
-put an empty thought before an answer that has none (Qwen3). Use is what counts: the sample is `before`, the answer as
-the model has to write it, and the token that ends the turn. Whatever a template leaves out of a message is found by
-rendering it with a placeholder, and named.
+Some templates break the first condition: they open a thought in the prompt that an answered turn does not show
+(DeepSeek-R1), or put an empty thought before an answer that has none (Qwen3). Inference decides: the sample is
+`before`, the answer as the model has to write it, and the token that ends the turn. Parts of a message that a template
+omits are found by rendering a placeholder in their place, and reported.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ class Rendered:
     spans: list[tuple[int, int]]
     record: int
     turns: list[int] = field(default_factory=list)  # the message of each span
-    notes: tuple[str, ...] = ()  # what the user should know of this conversation
+    notes: tuple[str, ...] = ()  # warnings about this conversation
 
 
 @dataclass(frozen=True)
 class _Conversation:
-    """Cleaned messages, and what renders them."""
+    """Cleaned messages, with the template and the variables to render them."""
 
     template: ChatTemplate
     messages: list[Message]
-    variables: dict[str, Any]  # more of the template's: tools, ...
+    variables: dict[str, Any]  # other variables of the template: tools, ...
 
     @functools.cached_property
     def rendered(self) -> Marked:
         return self.template.render(self.messages, False, self.variables)
 
     def prompt(self, index: int) -> str:
-        """What the model is given to answer with message `index`."""
+        """The prompt to which message `index` is the answer."""
         return self.template.render(self.messages[:index], True, self.variables)[0]
 
     def replaced(self, messages: list[Message]) -> _Conversation:
@@ -104,8 +104,8 @@ class ChatTokenizer:
         template: str | None,
         stop_ids: Iterable[int] = (),
         template_args: Mapping[str, Any] | None = None,  # more variables of the template: enable_thinking
-        tool_template: str | None = None,  # for conversations with tools, if it is another
-        may_omit: bool = False,  # train without what the template does not show, rather than refuse it
+        tool_template: str | None = None,  # for conversations with tools, if it differs
+        may_omit: bool = False,  # train without what the template omits instead of refusing it
         parses_control: bool = False,  # data.control_tokens=parse
     ):
         self.tokenizer, self.template_args = tokenizer, dict(template_args or {})
@@ -113,7 +113,7 @@ class ChatTokenizer:
         self.has_own_template = template is not None
         self.special, ids = special, {key: tokenizer.token_to_id(text) for key, text in special.items()}
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
-        self.pad_id = 0  # nothing sees padding, so any row of the embedding will do; not every pad token has one
+        self.pad_id = 0  # padding is masked, so any row of the embedding will do; not every pad token has one
         first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
         self.wants_bos = self.bos_id is not None and first == [self.bos_id]  # its post-processor adds it
         self.control = ControlTokens(tokenizer, parses_control)
@@ -160,7 +160,7 @@ class ChatTokenizer:
 
     @classmethod
     def from_config(cls, directory: Path, config: Config) -> ChatTokenizer:
-        """With the template and the variables that the settings of a run ask for."""
+        """The tokenizer with the template and the variables that a run's settings choose."""
         data, model = config.data, config.model
         choices = data.unrendered == "warn", model.add_tokens, data.control_tokens == "parse"
         return cls.from_directory(directory, data.template_args, model.chat_template, *choices)
@@ -175,9 +175,9 @@ class ChatTokenizer:
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None,
-        template_args: Mapping[str, Any] | None = None,  # of this conversation, before those of the settings
+        template_args: Mapping[str, Any] | None = None,  # of this conversation; they override those of the settings
     ) -> str:  # fmt: skip
-        """The string that the model sees; raises TemplateRefusal."""
+        """The text that the model sees; raises TemplateRefusal."""
         conversation = self._conversation(messages, tools, template_args)
         return conversation.prompt(len(messages)) if add_generation_prompt else conversation.rendered[0]
 
@@ -192,14 +192,14 @@ class ChatTokenizer:
 
         Args:
             train_on: `assistant`: every assistant turn; `last_assistant`: the last one; `all`: everything. An assistant
-                message with `weight: 0` or `train: false` is never a target. Of an empty last
-                answer its end is one, and nothing else of the conversation.
+                message with `weight: 0` or `train: false` is never a target. If the last answer is empty, the token
+                that ends it is the only target of the conversation.
         Raises:
             TemplateRefusal: the template cannot be used for training on this conversation.
         """
         whole, last = self._conversation(messages, tools, template_args), messages[-1]
         says = last.get("tool_calls") or (last.get("content") or "").strip()
-        if last["role"] == "assistant" and is_trained(last) and not says:  # some templates refuse it
+        if last["role"] == "assistant" and is_trained(last) and not says:  # some templates refuse an empty answer
             return [self._empty_answer(whole, record)]
         rendered = whole.rendered[0]
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -226,7 +226,7 @@ class ChatTokenizer:
         return Rendered(ended, [(len(prompt), len(ended))], record, [0] if prompt else [])
 
     def _empty_answer(self, whole: _Conversation, record: int) -> Rendered:
-        """A prompt, and what ends a turn."""
+        """A prompt, and the token that ends a turn."""
         template, at = whole.template, len(whole.messages) - 1
         other = template.next_role.get("user", self.special.get("eos_token", ""))
         text = (prompt := whole.prompt(at)) + (template.tail if template.turn_end else other)
@@ -235,7 +235,7 @@ class ChatTokenizer:
     def _conversation(
         self, messages: Sequence[Message], tools: Any, template_args: Mapping[str, Any] | None
     ) -> _Conversation:
-        """What the template gets: control tokens escaped, without null values and training fields."""
+        """The template's input: control tokens escaped, without null values and training fields."""
         kept = ({k: v for k, v in m.items() if v is not None and k not in TRAINING_FIELDS} for m in messages)
         cleaned = [self.control.clean(message) for message in kept]
         variables = {"tools": self.control.escape(tools) or None, **self.template_args, **(template_args or {})}
@@ -260,7 +260,7 @@ class ChatTokenizer:
         first, last = (marked[0][0], marked[-1][1]) if marked else (start, 0)
         end = template.end_of_mark(after, last) if marked else template.end_of_answer(after, start)
         if any(value in after[start:first] for _, value, _ in parts_of(message)):
-            start = first  # else the template's own words precede the mark: no prompt has them, the model writes them
+            start = first  # otherwise the template's own words precede the mark; the model has to write them
         if not after[start:end].strip():
             raise TemplateRefusal("the chat template omits the answer: there are no target tokens")
         if role := template.next_role.get("tool" if "tool_calls" in message else "user"):
@@ -268,13 +268,13 @@ class ChatTokenizer:
         return _Turn(after, (start, end), note)
 
     def _as_used(self, whole: _Conversation, index: int, before: str, after: str) -> str:
-        """The prompt and what the model has to write, where `after` shows the answered prompt in another way."""
+        """The prompt and what the model has to write, for a template whose answered prompt (`after`) differs."""
         template, message, opened = whole.template, whole.messages[index], OPEN_THOUGHT.search(before)
         base, answer = before[: opened.start()] if opened else before, None
         at = len(base.rstrip())
         if after.startswith(base[:at]) and (opened or after[at:][:1].isspace()):
             answer = after[at:].lstrip()
-        else:  # what stands before the last turn is rendered otherwise, once it is answered
+        else:  # the text before the last turn is rendered differently once the turn is answered
             header = base.removeprefix(template.render(whole.messages[:index], False, whole.variables)[0])
             if header != base and self.control.pattern.search(header) and header in after:
                 answer = after.rpartition(header)[2].lstrip()
@@ -283,12 +283,12 @@ class ChatTokenizer:
         for words in template.verbatim_answers(message):
             if after.endswith(template.lead + words + template.tail):
                 return before + template.lead + words + template.tail
-        raise TemplateRefusal("the chat template renders an answered prompt that does not start with the prompt")
+        raise TemplateRefusal("the chat template renders a conversation that does not start with its prompt")
 
     def _notes(
         self, whole: _Conversation, turns: dict[int, _Turn], learned: Sequence[int], template_args: Any
     ) -> tuple[str, ...]:
-        """What the user should know of a conversation; a TemplateRefusal if it must not be trained on."""
+        """Warnings about a conversation; raises TemplateRefusal if it must not be trained on."""
         omitted = list(dict.fromkeys(self._omitted(whole, turns, learned)))
         if omitted and (not self.may_omit or USER in omitted):
             fix = "" if USER in omitted else ", or set data.unrendered=warn to train without it"
@@ -300,10 +300,10 @@ class ChatTokenizer:
         return tuple(dict.fromkeys([*notes, *(turn.note for turn in turns.values() if turn.note)]))
 
     def _omitted(self, whole: _Conversation, turns: dict[int, _Turn], learned: Sequence[int]) -> Iterator[str]:
-        """The parts of a conversation that are nowhere in its renderings; of an answer, not among its targets."""
+        """The parts of a conversation that are missing from its renderings, or from the targets if it is an answer."""
         text = whole.rendered[0]
         if whole.variables["tools"]:
-            with contextlib.suppress(TemplateRefusal):  # it needs them
+            with contextlib.suppress(TemplateRefusal):  # the template requires tools
                 if whole.template.render(whole.messages, False, {**whole.variables, "tools": None})[0] == text:
                     yield "tools"
         texts = [text, *(turn.text for turn in turns.values())]
@@ -317,7 +317,7 @@ class ChatTokenizer:
                     yield what
 
     def _shows(self, whole: _Conversation, turns: dict[int, _Turn], index: int, replaced: Message) -> bool:
-        """Whether a message's placeholder is rendered: what a template changes (trims, escapes) is not omitted."""
+        """Whether a message's placeholder is rendered: text that a template trims or escapes is not omitted."""
         before, after = whole.messages[:index], whole.messages[index + 1 :]
         with contextlib.suppress(TemplateRefusal):
             if index in turns:
@@ -333,7 +333,7 @@ class ChatTokenizer:
 
     def encode(self, rendered: Iterable[Rendered]) -> Iterator[Sample]:
         """Encode texts; the tokenizer's threads encode one batch while the next ones are being rendered."""
-        with ThreadPoolExecutor(2) as pool:  # one may wait for the GIL while the other keeps all cores busy
+        with ThreadPoolExecutor(2) as pool:  # one may wait for the GIL while the other keeps the cores busy
             under_way: deque[tuple[list[Rendered], Any]] = deque()
             items = iter(rendered)
             while (batch := list(itertools.islice(items, BATCH))) or under_way:
@@ -352,7 +352,7 @@ class ChatTokenizer:
         pieces = []
         for start, end in itertools.pairwise([0, *changes.tolist(), len(sample.ids)]):
             text = self.control.shown(sample.ids[start:end].tolist(), self.decode)
-            text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)  # the terminal must not obey them
+            text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)  # keep them from the terminal
             plain, colored = ("⟦{}⟧", "\033[32m{}\033[0m") if sample.is_target[start] else ("{}", "\033[2m{}\033[0m")
             pieces.append((colored if color else plain).format(text))
         return "".join(pieces)
@@ -371,8 +371,8 @@ class ChatTokenizer:
         for item, encoded in zip(batch, encodings, strict=True):
             ids = np.array(encoded.ids, dtype=np.int32)
             starts, ends, edges = self._places(item, encoded)
-            at = np.searchsorted(ends, edges, side="right")  # the first token that ends behind each edge
-            is_inside = starts[at] < edges  # it begins before the edge
+            at = np.searchsorted(ends, edges, side="right")  # the first token that ends after each edge
+            is_inside = starts[at] < edges  # that token begins before the edge
             if item.turns and is_inside[::2].any():
                 yield from map(self._sample_of_turn, itertools.repeat(item), item.spans, item.turns)
                 continue
@@ -386,15 +386,15 @@ class ChatTokenizer:
             yield self._with_bos(ids, is_target, item.record, item.turns[0] if len(item.turns) == 1 else None)
 
     def _places(self, item: Rendered, encoded: Encoding) -> tuple[Array, Array, Array]:
-        """Where each token starts (and the end of the text), where each ends, and the edges of the spans.
+        """The start of each token (and the end of the text), the end of each, and the edges of the spans.
 
         Returns:
-            (n + 1,), (n,), (2 spans,): all in characters, or all in bytes if the widths of the tokens tell.
+            (n + 1,), (n,), (2 spans,): all in bytes if the byte widths of the tokens are known, else in characters.
         """
         text, edges = item.text, np.array(item.spans, np.int64).reshape(-1)
         if self._widths is not None and BREAK not in text:
             starts = np.append(0, np.cumsum(self._widths[encoded.ids]))
-            if starts[-1] == len(text.encode()):  # else the tokenizer drops characters
+            if starts[-1] == len(text.encode()):  # otherwise the tokenizer drops characters
                 edges = edges if text.isascii() else np.array([len(text[:edge].encode()) for edge in edges])
                 return starts, starts[1:], edges
         if self._widths is not None:
@@ -411,7 +411,7 @@ class ChatTokenizer:
         return self._with_bos(ids, np.arange(len(ids)) >= len(prompt), item.record, turn)
 
     def _ids(self, text: str, after: int = -1) -> list[int]:
-        """The ids of a text, without those of BREAK; only of tokens that begin after a character."""
+        """The ids of a text, without those of BREAK; only of tokens that begin after character `after`."""
         (encoded,) = self._encodings([text], with_offsets=True)
         pairs = zip(encoded.ids, encoded.offsets, strict=True)
         return [token for token, (start, end) in pairs if start > after and text[start:end] != BREAK]

@@ -1,7 +1,7 @@
-"""Control tokens, such as <|im_end|>, whose characters occur in the texts of the data.
+"""Control tokens, such as <|im_end|>, that are spelled out in the texts of the data.
 
-Text is text: "</s>" in a question does not end the prompt. So its characters are broken up, and the tokenizer does not
-see the token. Data that was rendered by hand means the tokens: data.control_tokens=parse.
+Text stays text: "</s>" in a question must not end the prompt. So its characters are separated, and the tokenizer does
+not see the token. In data that was rendered beforehand, the tokens are meant: data.control_tokens=parse.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from nanoft.data.chat_template import TemplateRefusal
 from nanoft.data.formats import Message
 from nanoft.data.tokenizer_files import BREAK
 
-IMAGES = re.compile(r"[<\[].*(image|img|vision).*[>\]]", re.IGNORECASE)  # tokens in the place of an image, or around it
+IMAGES = re.compile(r"[<\[].*(image|img|vision).*[>\]]", re.IGNORECASE)  # tokens that stand for or enclose an image
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer, and whether their characters in a text mean them (`parsed`)."""
+    """The control tokens of a tokenizer, and whether their characters in a text are parsed as tokens (`parsed`)."""
 
     def __init__(self, tokenizer: Tokenizer, parsed: bool):
         self.parsed, added = parsed, tokenizer.get_added_tokens_decoder()
@@ -36,7 +36,7 @@ class ControlTokens:
         self._written: set[str] = set()
 
     def learn(self, stops: Collection[str], prompt: str) -> None:
-        """Which of them stop an answer, and which the chat template writes itself, as in this prompt."""
+        """Store which of them stop an answer, and which the chat template writes itself, as in this prompt."""
         self._stops, self._written = tuple(stops), {*stops, *self.pattern.findall(prompt)}
 
     def escape(self, value: Any) -> Any:
@@ -50,12 +50,12 @@ class ControlTokens:
         return value
 
     def find(self, text: str) -> str | None:
-        """The first that is spelled out in a text, and would be escaped."""
+        """The first control token that is spelled out in a text and would be escaped."""
         found = None if self.parsed else self._breakable.search(text)
         return found[0] if found else None
 
     def clean(self, message: Message) -> Message:
-        """A message for the template: escaped; if parsed, without the end of an answer, which the template writes."""
+        """A message for the template: escaped or, if parsed, without the end token, which the template writes."""
         if not self.parsed or "content" not in message:
             return self.escape(message)
         said = message["content"]
@@ -64,7 +64,7 @@ class ControlTokens:
             said = said.removesuffix(next(stop for stop in self._stops if said.endswith(stop)))
         if written := [token for token in self.pattern.findall(said) if token in self._written]:
             fix = "set data.format=raw_prompt_completion or text, or data.control_tokens=text"
-            raise TemplateRefusal(f"a message has {written[0]}, which the chat template writes: {fix}")
+            raise TemplateRefusal(f"a message contains {written[0]}, which the chat template writes: {fix}")
         return {**message, "content": said}
 
     def is_ended(self, text: str) -> bool:
@@ -72,7 +72,7 @@ class ControlTokens:
         return self.parsed and text.rstrip().endswith(self._stops)
 
     def shown(self, ids: list[int], decode: Callable[[list[int], bool], str]) -> str:
-        r"""Decoded ids, with their control tokens; one that is only characters is marked: \</s>."""
+        r"""Decoded ids with their control tokens; one that is only spelled out gets a backslash: \</s>."""
         text = decode(ids, True)
         if len(self.pattern.findall(text)) == sum(token in self.ids for token in ids):
             return text
@@ -80,7 +80,7 @@ class ControlTokens:
         return "".join(part if is_control else self.pattern.sub(r"\\\g<0>", part) for is_control, part in parts)
 
     def remove(self, text: str) -> str:
-        """A reference as an answer is decoded: without control tokens, if they are parsed."""
+        """A reference in the form of a decoded answer: without control tokens, if they are parsed."""
         return self.pattern.sub("", text).strip() if self.parsed else text
 
 

@@ -1,10 +1,10 @@
-"""Files to the training and validation samples of a run, through a cache.
+"""The training and validation samples of a run, built from files and cached.
 
-Tokenizing a million records takes minutes, so it is done once (`builder.py`): the result is kept under a hash of all it
-depends on: the contents of the files, the tokenizer, the template and its date, the settings, and the code that makes
-samples of them. An entry of the cache is built in a temporary directory, gets a manifest with a hash of each file, and
-is renamed into place; one that does not match its manifest is rebuilt. Without a writable cache the data is built for
-this process only. The token ids are memory-mapped, so a data set of any size opens in the time it takes to verify it.
+Tokenizing a million records takes minutes, so it is done once (`builder.py`). The result is stored under a hash of all
+that it depends on: the contents of the files, the tokenizer, the template and its date, the settings, and the code that
+makes the samples. A cache entry is built in a temporary directory, gets a manifest with a hash of each file, and is
+renamed into place; an entry that does not match its manifest is rebuilt. Without a writable cache the data is built for
+this process only. The token ids are memory-mapped, so opening a data set takes only the time to verify it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from nanoft.io import untrusted
 from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered
 from nanoft.io.tables import markdown_table
 
-NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # what Batches does with the samples
+NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # they affect batches, not samples
 MAX_ENTRIES = 16  # the least recently used ones are deleted
-LENGTH_BIAS = 0.1  # by how much more than half of the chosen answers are longer, from which a warning is due
+LENGTH_BIAS = 0.1  # warn if the share of longer chosen answers exceeds one half by this much
 STALE_AFTER = 86400  # seconds after which an unfinished build is deleted
 
 
@@ -69,12 +69,12 @@ class PreparedDataset:
         return [found[record] for record in records]
 
     def prompts(self, samples: TokenDataset) -> Iterator[str]:
-        """What the last answer of each record replies to, whatever the system message."""
+        """The prompt of each record's last answer, without the system message."""
         for _, conversation in self._read(np.unique(samples.records).tolist()):
             yield conversation.without_system().prompt()
 
     def field_values(self, samples: TokenDataset, name: str) -> list[str]:
-        """A field of the record that each sample came from, as in its file; `(none)` where it is missing."""
+        """The value of a field in the record of each sample; `(none)` where it is missing."""
         found: dict[int, str] = {}
         fields: dict[str, None] = {}
         for file, records in self._lines(samples.records.tolist()):
@@ -84,11 +84,11 @@ class PreparedDataset:
                     if record.get(name) is not None:
                         found[records[line]] = str(record[name])
         if not found:
-            raise UserError(f"evaluation.by_field: {name}: no record has this field: there are {', '.join(fields)}")
+            raise UserError(f"evaluation.by_field: {name}: no record has this field: choose from {', '.join(fields)}")
         return [found.get(record, "(none)") for record in samples.records.tolist()]
 
     def untruncated(self, samples: TokenDataset) -> TokenDataset:
-        """The samples that were not truncated: the prompts of the others were not seen whole in training."""
+        """The samples that were not truncated: training did not see the whole prompts of the others."""
         return samples[~np.isin(samples.chosen, self.truncated)]
 
     def location(self, record: int) -> str:
@@ -120,7 +120,7 @@ def build_datasets(
         DatasetBuilder(directory, data, tokenizer, max_length, seed, learns).build(parts)
 
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name not in NOT_IN_KEY}
-    # An edit of the code that decides which samples come out must not be answered from the cache.
+    # An edit of the code that makes the samples must invalidate the cache.
     code = [*sorted(Path(__file__).parent.glob("*.py")), Path(batches.__file__), Path(untrusted.__file__)]
     versions = [tokenizers.__version__, jinja2.__version__, hash_named_files(code)]
     content = [list(map(str, files)), data_hash(data, files)]
@@ -139,14 +139,14 @@ def build_datasets(
 
 
 def data_provenance(data: DataConfig) -> dict[str, Any]:
-    """What a run records of its data: the hash of all files, and how many there are in each part."""
+    """What a run records about its data: the hash of all files, and the number of files in each part."""
     parts = _parts(data)
     files = [file for part in parts for file in part]
     return {"data_sha256": data_hash(data, files), "data_files": [len(part) for part in parts]}
 
 
 def data_hash(data: DataConfig, files: list[Path] | None = None) -> str:
-    """One hash of the contents of all data files (`files`, if found already) and of the source of a format function."""
+    """One hash of the contents of all data files (`files`, if already found) and of a format function's source."""
     hashed, function = files or [file for part in _parts(data) for file in part], format_function(data.format)
     if function is not None and (source := source_file(function)) is not None:
         hashed = [*hashed, source]
@@ -157,7 +157,7 @@ def _parts(data: DataConfig, log: Log = lambda line: None) -> list[list[Path]]:
     """The files of each part of train_file, and then those of validation_file."""
     parts = find_files(data.train_file, "data.train_file", log)
     if data.weights and len(data.weights) != len(parts):
-        raise UserError(f"data.weights: {len(data.weights)} weights for {len(parts)} files: give one for each")
+        raise UserError(f"data.weights: {len(data.weights)} weights for {len(parts)} files: give one per file")
     if data.validation_file is None:
         return parts
     held_out = find_files(data.validation_file, "data.validation_file", log)
@@ -165,7 +165,7 @@ def _parts(data: DataConfig, log: Log = lambda line: None) -> list[list[Path]]:
 
 
 def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Path, bool]:
-    """The entry of a key, and whether it was in the cache; if not, `build(directory)` makes it."""
+    """The cache entry of a key, and whether it existed; if not, `build(directory)` creates it."""
     home = cache_home()
     entry = home / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
@@ -186,21 +186,21 @@ def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Pa
                 build(temporary)
                 hashes = {path.name: hash_content(path) for path in sorted(temporary.iterdir())}
                 (temporary / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
-                if not _is_intact(entry):  # else another process has built it meanwhile
+                if not _is_intact(entry):  # otherwise another process has built it meanwhile
                     shutil.rmtree(entry, ignore_errors=True)
                     os.rename(temporary, entry)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             _prune(home, entry)
         with contextlib.suppress(OSError):  # the cache may belong to another user
-            os.utime(entry)  # used now
+            os.utime(entry)  # mark as used
     except OSError as error:
         raise UserError(f"{home}: the cache cannot be written ({error.strerror}): set XDG_CACHE_HOME") from None
     return entry, found
 
 
 def cache_home() -> Path:
-    """In the user's cache directory; without a home directory, a path where nothing can be written."""
+    """nanoft's directory in the user's cache; without a home directory, a path where nothing can be written."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
     except RuntimeError:  # not a fixed name in the shared temporary directory: others could put data there
@@ -217,7 +217,7 @@ def _is_intact(entry: Path) -> bool:
 
 
 def _prune(home: Path, newest: Path) -> None:
-    """Delete the least recently used entries, and what builds that died left behind."""
+    """Delete the least recently used entries, and the leftovers of builds that were killed."""
     entries = sorted((p for p in home.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
     complete = [path for path in entries if not path.name.startswith(".tmp-")]
     stale = [p for p in entries if p.name.startswith(".tmp-") and time.time() - p.stat().st_mtime > STALE_AFTER]
@@ -238,15 +238,15 @@ def describe_data(report: dict[str, Any]) -> list[str]:
         lines.append(f"{'data      ' if report['validation']['records'] else 'warning: '}{report['held_out']}")
     if report["shared_prompts"]:
         why = " (data.leaks=warn)" if report["leaks"] == "warn" else ", since that prompt is frequent"
-        what = f"training records have the prompt of a validation record: kept{why}"
+        what = f"training records share the prompt of a validation record: kept{why}"
         lines.append(f"warning: {report['shared_prompts']:,} {what}")
     if report["near_leaks"]:
         what = "training prompts are near duplicates of validation prompts: set data.near_leaks=remove to remove them"
         lines.append(f"warning: {report['near_leaks']:,} {what}")
     pairs, bias = (report["training"].get(name) or 0 for name in ("pairs", "chosen_longer"))
     if pairs and bias - 0.5 > max(LENGTH_BIAS, pairs**-0.5):  # which is two standard errors
-        what = f"the chosen answer is the longer one in {bias:.0%} of the pairs: length is learned as well"
-        lines.append(f"warning: {what} (preference.loss=ipo and training.objective=simpo count per token)")
+        what = f"the chosen answer is longer in {bias:.0%} of the pairs, so training will also prefer length"
+        lines.append(f"warning: {what}: preference.loss=ipo and training.objective=simpo average over tokens")
     rows = [["records read", f"{report['read']:,}", ""]]
     rows += [[f"removed: {kind}", f"{count:,}", ""] for kind, count in report["removed"].items()]
     sides = [report["training"], report["validation"]]
@@ -258,7 +258,7 @@ def describe_data(report: dict[str, Any]) -> list[str]:
         for kind, name in zip(kinds[1:], ("chosen", "rejected"), strict=True):
             rows.append([f"tokens per {kind} answer", *(f"{side['answer_tokens'].get(name, 0):,}" for side in sides)])
     if report.get("near_equal"):
-        rows.append(["pairs that hardly differ", f"{report['near_equal']:,}", ""])
+        rows.append(["nearly equal pairs", f"{report['near_equal']:,}", ""])
     for p in PERCENTILES:
         lengths = [f"{side['length'][f'p{p}']:,}" if side["length"] else "-" for side in sides]
         rows.append(["longest" if p == 100 else f"length, {p} %", *lengths])

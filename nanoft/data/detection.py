@@ -1,8 +1,8 @@
-"""Which shape the records of a file have, and which of their columns are its fields.
+"""Detect the shape of a file's records, and which of their columns are its fields.
 
-Data sets name one field in many ways: `output`, `response`, `completion`. A shape whose fields occur under their own
-names is chosen first; other names count only if exactly one shape can be read from them. An ambiguous file is an error,
-which prints the settings to choose from.
+Data sets have many names for one field: `output`, `response`, `completion`. A shape whose fields occur under their own
+names takes precedence; other names are used only if they fit exactly one shape. An ambiguous file is an error, which
+lists the settings to choose from.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIELD_NAMES = {  # field of a shape -> its other names
     "rejected": ("dispreferred", "rejected_response", "response_rejected", "non_preferred_output", "response_k"),
     "answers": ("responses", "completions", "candidates"),
 }
-LABELS = ("label", "kto_tag")  # fields that mark answers as good or bad, if they hold GOOD and BAD alone
+LABELS = ("label", "kto_tag")  # fields that mark answers as good or bad, if all their values are in GOOD or BAD
 GOOD = ("true", "1", "1.0", "desirable", "chosen", "good", "yes")  # 1.0 and 0.0: from tables with missing values
 BAD = ("false", "0", "0.0", "undesirable", "rejected", "bad", "no")
 
@@ -43,13 +43,13 @@ class Shape:
     """One way to write down a conversation."""
 
     required: tuple[str, ...]  # fields that every record has; `auto` detects the shape by them
-    fields: tuple[str, ...]  # all fields that are read, in the order in which they are shown
-    # To messages, or for objectives with preferences to several versions of them, the best first.
-    to_messages: Callable[[dict[str, Any]], list[Any]] | None  # None: plain text; its last field is learned
+    fields: tuple[str, ...]  # all fields that are read, in display order
+    # Converts to messages, or to several versions of them, best first, for objectives with preferences.
+    to_messages: Callable[[dict[str, Any]], list[Any]] | None  # None: plain text, whose last field is the target
 
 
 def normalized_name(name: str) -> str:
-    """A name as it is compared: lower case, `_` for spaces and hyphens."""
+    """A name in the form in which names are compared: lower case, `_` for spaces and hyphens."""
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
@@ -74,11 +74,11 @@ def find_columns(shape: Shape, present: Collection[str]) -> list[dict[str, str]]
 
 def detect_shape(
     path: Path, shapes: Mapping[str, Shape], wanted: str, records: list[tuple[int, Raw]],
-    others: Mapping[str, Shape],  # from which other objectives learn
+    others: Mapping[str, Shape],  # shapes for other objectives
 ) -> tuple[str, dict[str, str]]:  # fmt: skip
     """(shape, field -> column) of the wanted shape, or `auto`.
 
-    That is the shape that most records have; else the one that fits by other names; else text.
+    `auto` is the shape that most records have, or else the one that fits by other names, or else text.
     """
     present = list(dict.fromkeys(name for _, record in records if isinstance(record, dict) for name in record))
     votes = dict.fromkeys(shapes, 0)
@@ -86,7 +86,7 @@ def detect_shape(
         for name, shape in shapes.items() if isinstance(record, dict) else ():
             votes[name] += shape.to_messages is not None and record.keys() >= {*shape.required}
     best = [name for name in votes if votes[name] and votes[name] == max(votes.values())]
-    best = [name for name in best if shapes[name].required != ("prompt",)] or best  # which others have, too
+    best = [name for name in best if shapes[name].required != ("prompt",)] or best  # other shapes have a prompt too
     paired = [name for name in best if {"chosen", "rejected"} <= {*shapes[name].fields}]  # with a prompt in `messages`
     best = (paired or best) if wanted == "auto" else [wanted]
     example = next((record for _, record in records if isinstance(record, dict)), {})
@@ -111,7 +111,7 @@ def detect_shape(
     fitting = [n for n, s in others.items() if s.required != ("prompt",) and find_columns(s, present)]
     if fitting:
         raise UserError(f"{path}: {other_objective(others[fitting[0]], example)}")
-    has = f"the fields {names_of(first)}" if isinstance(first, dict) else f"no fields: it is a {type(first).__name__}"
+    has = f"the fields {names_of(first)}" if isinstance(first, dict) else f"no fields, but is a {type(first).__name__}"
     known = "; ".join(
         f"{name} ({', '.join(shape.required)})" for name, shape in shapes.items() if name != "raw_prompt_completion"
     )
@@ -119,21 +119,21 @@ def detect_shape(
 
 
 def other_objective(shape: Shape, example: dict[str, Any]) -> str:
-    """What the records hold that this objective does not learn from, and the objective that does."""
+    """What the records contain that this objective cannot use, and the objective that can."""
     if shape.required not in (("chosen", "rejected"), ("answers",)):
         kto = [f", or training.objective=kto to learn from {name}" for name in LABELS if name in example]
-        return f"its answers ({', '.join(shape.required)}) are not compared: set training.objective=sft{''.join(kto)}"
+        return f"it has no preferred answers ({', '.join(shape.required)}): set training.objective=sft{''.join(kto)}"
     asked = {"prompt": "completion", "question": "answer", "instruction": "output"}
     is_whole = isinstance(example.get("chosen"), list) and not isinstance(example.get("prompt"), list)
     fields = ["messages"] * is_whole + [asked[name] for name in asked if {name, "chosen"} <= example.keys()]
-    fix = [f"; data.columns='{json.dumps({name: 'chosen'})}' learns the chosen answers" for name in fields[:1]]
-    return f"holds pairs of answers: set training.objective=dpo to prefer the better ones{''.join(fix)}"
+    fix = [f", or data.columns='{json.dumps({name: 'chosen'})}' for SFT on the chosen ones" for name in fields[:1]]
+    return f"contains pairs of answers: set training.objective=dpo to learn the preference{''.join(fix)}"
 
 
 def require_one_reading(
     path: Path, ways: list[dict[str, str]], present: Collection[str], unsure: bool = False
 ) -> dict[str, str]:
-    """The only way; raises a UserError with the setting for each if there are several, or if it leaves a known name."""
+    """The only way to read a file; a UserError that lists the settings if there are several, or if it is `unsure`."""
     if len(ways) > 1 or unsure:
         choices = [f"data.columns='{json.dumps(way, ensure_ascii=False)}'" for way in ways]
         choices += ["data.format=text"] * ("text" in present)
@@ -143,11 +143,11 @@ def require_one_reading(
 
 
 def require_label_choice(path: Path, records: list[tuple[int, Raw]]) -> None:
-    """Raise a UserError if a field marks answers as good or bad: the bad ones would be learned."""
+    """Raise a UserError if a field marks answers as good or bad: training would learn the bad ones too."""
     for name in LABELS:
         found = {str(r[name]).strip().lower() for _, r in records if isinstance(r, dict) and r.get(name) is not None}
         if found and found <= {*GOOD, *BAD}:
-            choice = f"set data.label_field={name} to learn only the good ones, data.label_field=ignore to learn all"
+            choice = f"set data.label_field={name} to learn only good ones, data.label_field=ignore to learn all"
             raise UserError(f"{path}: {name} marks answers as good or bad: {choice}, or training.objective=kto")
 
 

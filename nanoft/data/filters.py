@@ -1,16 +1,16 @@
-"""Duplicates, near duplicates, the choice of validation records, and leaks between the two sides of the split.
+"""Duplicates, near duplicates, the choice of validation records, and leaks between the sides of the split.
 
 Exact duplicates have equal hashes. Near duplicates are found by MinHash (Broder 1997, "On the resemblance and
-containment of documents"): two texts agree in a component of their signatures with the probability that is the Jaccard
+containment of documents"): the probability that two texts agree in a component of their signatures is the Jaccard
 similarity of their sets of word 5-grams,
 
     P(signature_i(A) = signature_i(B)) = |A ∩ B| / |A ∪ B|
 
 and banding (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", section 3.4) finds the pairs worth comparing
-without comparing all. A record that stands on both sides of a split turns the validation loss into a memory test.
+without comparing all. A record on both sides of a split turns the validation loss into a test of memorization.
 
-A split depends on a hash of the seed and of what a record opens with, never on its place in the file: the same seed
-holds out the same records in any order, and a larger share holds out more of them, not others.
+A split depends on a hash of the seed and the record's prompt, never on its place in the file: the same seed holds out
+the same records in any order of the file, and a larger share only adds records to those held out.
 """
 
 from __future__ import annotations
@@ -57,29 +57,29 @@ _OFFSETS = _random.integers(0, 2**63, COMPONENTS, dtype=np.uint64)
 
 
 def content_hash(conversation: Conversation) -> int:
-    """64 bits of text, messages and tools; the chance of a collision among 10^6 different records is 3 in 10^8."""
+    """A 64-bit hash of text, messages and tools; 10^6 different records collide with a probability of 3 in 10^8."""
     said = [conversation.text, *conversation.versions, conversation.tools, conversation.label]
     content = json.dumps(said, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
 
 def looks_truncated(conversation: Conversation) -> bool:
-    """Whether the last answer has sentences and yet ends in a letter or a comma."""
+    """Whether the last answer consists of sentences, but ends with a letter or a comma."""
     answer = conversation.messages[-1]["content"].rstrip() if conversation.messages else ""
     in_sentence = answer[-1:].isalpha() or answer[-1:] == ","
     return in_sentence and any(mark in answer for mark in ".!?") and len(answer.split()) >= 20
 
 
 def is_garbled(text: str) -> bool:
-    """Whether somewhere UTF-8 was read in another encoding (é became Ã©), or a character was replaced by U+FFFD."""
+    """Whether UTF-8 was decoded with another encoding somewhere (é became Ã©), or a character became U+FFFD."""
     return not text.isascii() and ("\ufffd" in text or GARBLED.search(text) is not None)
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether a phrase stands `REPEATS` times in a row, a single word three times as often.
+    """Whether a phrase occurs `REPEATS` times in a row, or a single word three times as often.
 
-    At every 64th character: where the next 16 characters stand again is where the phrase begins again. Phrases without
-    words (rules of a table, numbers) do not count, nor do refrains, which other lines separate.
+    Checked at every 64th character: the phrase ends where its first 16 characters occur again. Phrases without words
+    (rules of a table, numbers) do not count, nor do refrains, which are separated by other lines.
     """
     text = " ".join(text.split())
     for start in range(0, len(text) - REPEATS, 64):
@@ -91,18 +91,18 @@ def repeats_itself(text: str) -> bool:
 
 
 def overlap(a: Sample, b: Sample) -> float:
-    """The share of the target tokens of two samples that both have, as often as they occur."""
+    """The share of target tokens that two samples have in common, counted with multiplicity."""
     counts = [Counter(sample.ids[sample.is_target].tolist()) for sample in (a, b)]
     return (counts[0] & counts[1]).total() / max(counts[0].total(), counts[1].total(), 1)
 
 
 def normalized(text: str) -> str:
-    """Lower case, single spaces: prompts are compared in this form."""
+    """The form in which prompts are compared: lower case, single spaces."""
     return " ".join(text.lower().split())
 
 
 def minhash(text: str) -> Array:
-    """(COMPONENTS,) uint32: the smallest hash of the text's word 5-grams, under each of the hash functions."""
+    """(COMPONENTS,) uint32: the smallest hash of the text's word 5-grams under each hash function."""
     words = WORD.findall(text.lower())
     count = max(1, len(words) - SHINGLE + 1)
     shingles = {zlib.crc32(" ".join(words[i : i + SHINGLE]).encode()) for i in range(count)}
@@ -121,11 +121,11 @@ def bands(threshold: float) -> list[slice]:
 
 
 def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
-    """(n,) bool: which of the `kept` records resemble an earlier one that stays.
+    """(n,) bool: which of the `kept` records resemble an earlier record that is not removed.
 
     Two records resemble each other if they agree in a whole band and in `threshold` of all components. Within a group
-    that agrees in a band, each is compared with its predecessor and with the first one, so the cost of a group of many
-    copies is linear. signatures: (n, COMPONENTS) uint32; threshold: Jaccard similarity of the sets of 5-grams.
+    that agrees in a band, each is compared only with its predecessor and with the first, so the cost is linear in the
+    group. signatures: (n, COMPONENTS) uint32; threshold: Jaccard similarity of the sets of 5-grams.
     """
     records = np.flatnonzero(kept)
     pairs: set[tuple[int, int]] = set()  # the earlier record first
@@ -149,7 +149,7 @@ def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
 def near_matches(signatures: Array, threshold: float, kept: Array, others: Array, at_once: int = 50_000) -> Array:
     """(n,) bool: which of the `kept` records resemble one of the `others` (the other side of the split).
 
-    Of the (n, COMPONENTS) signatures, often memory-mapped, only those of `others` are held in memory.
+    Only the signatures of `others` are held in memory; the whole (n, COMPONENTS) array may be memory-mapped.
     """
     found = np.zeros(len(kept), dtype=np.bool_)
     held = np.asarray(signatures[others])
@@ -171,7 +171,7 @@ def near_matches(signatures: Array, threshold: float, kept: Array, others: Array
 def count_leaks(
     prompts: Sequence[str], trained_on: Iterable[str], threshold: float, at_once: int = 20_000
 ) -> tuple[int, int]:
-    """How many prompts of an evaluation occur in the training data (streamed): exactly, and (besides those) nearly."""
+    """The number of evaluation prompts that occur in the (streamed) training data exactly, and of others nearly."""
     texts = [normalized(text) for text in prompts]
     own = np.stack([minhash(text) for text in prompts]) if prompts else np.empty((0, COMPONENTS), np.uint32)
     known, near, stream = set(texts), np.zeros(len(texts), np.bool_), iter(trained_on)
@@ -185,29 +185,29 @@ def count_leaks(
     return int(is_exact.sum()), int((near & ~is_exact).sum())
 
 
-def _band_keys(band: Array) -> Array:  # (n,) uint64: equal for equal bands, and for hardly any others
+def _band_keys(band: Array) -> Array:  # (n,) uint64: equal for equal bands, and rarely for others
     return (band.astype(np.uint64) * _FACTORS[: band.shape[1]]).sum(axis=1, dtype=np.uint64)
 
 
 def split_key(value: Any, seed: int) -> int:
-    """64 bits: the place of a prompt, or of a group, in the order in which records are held out."""
+    """A 64-bit key: the rank of a prompt or group in the order in which records are held out."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{value}".encode()).digest()[:8], "big")
 
 
 def hold_out(keys: Array, strata: Array, size: int) -> Array:
     """(n,) bool: about `size` records, those with the smallest keys of their stratum.
 
-    Records with equal keys stay together; a group larger than what is still wanted is passed over.
+    Records with equal keys stay together; a group larger than the remaining size is skipped.
 
     Args:
         keys: (n,) uint64, of the prompt or the group.
-        strata: (n,) int: each stratum gives its share; a key belongs to the smallest stratum that it occurs in.
+        strata: (n,) int: each stratum contributes its share; a key belongs to the smallest stratum that it occurs in.
     """
     unique, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
     home = np.full(len(unique), np.iinfo(np.int64).max)
     np.minimum.at(home, inverse, strata)
     chosen = np.zeros(len(unique), dtype=np.bool_)
-    # Whole numbers that add up to `size` and are nearest to each stratum's share (largest remainder).
+    # Integers that add up to `size`, as near as possible to each stratum's share (largest remainder method).
     members = {stratum: np.flatnonzero(home == stratum) for stratum in np.unique(home).tolist()}  # sorted by key
     exact = {stratum: size * int(counts[own].sum()) / len(keys) for stratum, own in members.items()}
     shares = {stratum: int(share) for stratum, share in exact.items()}
@@ -223,16 +223,16 @@ def hold_out(keys: Array, strata: Array, size: int) -> Array:
 
 
 def is_frequent(prompts: Array, pool: Array, limit: float) -> Array:
-    """(n,) bool: whose prompt more than `limit` records of the pool have, such as a fixed instruction, or "Hi".
+    """(n,) bool: records whose prompt occurs in more than `limit` records of the pool, such as "Hi".
 
-    Such a prompt does not tell records apart. prompts: (n,) uint64, hashes.
+    Such a prompt does not identify a record. prompts: (n,) uint64, hashes.
     """
     values, counts = np.unique(prompts[pool], return_counts=True)
     return np.isin(prompts, values[counts > max(limit, 1)])
 
 
 def hold_out_newest(times: Array, keys: Array, size: int) -> Array:
-    """(n,) bool: the newest records; of those with equal times, the ones with the smaller keys."""
+    """(n,) bool: the newest records; among equal times, those with the smallest keys."""
     held = np.zeros(len(times), dtype=np.bool_)
     held[np.lexsort((keys, -times))[:size]] = True
     return held
@@ -244,6 +244,6 @@ def is_preferred(samples: TokenDataset) -> Array:
 
 
 def preferred(samples: TokenDataset) -> TokenDataset:
-    """Those samples alone."""
+    """Only the preferred samples."""
     s, chosen = samples, samples.chosen[is_preferred(samples)]
     return TokenDataset(s.tokens, s.starts, s.all_records, chosen, s.all_labels)

@@ -1,9 +1,9 @@
-"""Records to conversations: record shapes, their detection, and validation of the turns.
+"""Convert records to conversations: record shapes, their conversions, and validation of the turns.
 
-SHAPES is the table of shapes: a new one is an entry, with its conversion above the table. A conversion may assume that
-the required fields exist; whatever it raises rejects the record, with its file, line and reason. The shape is detected
-from the first thousand records (`detection.py`). ROLES is the table of what data sets call the roles. With
-`data.format=package.module:function` the user's own function converts each record instead.
+SHAPES is the table of shapes: a new shape is an entry there, with its conversion above the table. A conversion may
+assume that the required fields exist; whatever it raises rejects the record, with its file, line and reason. The shape
+is detected from the first thousand records (`detection.py`). ROLES is the table of role names in data sets. With
+`data.format=package.module:function`, a function of the user converts each record instead.
 """
 
 from __future__ import annotations
@@ -41,42 +41,42 @@ ROLES = {
 }
 ROLE_OF = {other: role for role, names in ROLES.items() for other in (role, *names)}
 TURN_KEYS = {"from": "role", "value": "content"}  # ShareGPT's
-TRAINING_FIELDS = ("weight", "train", "training", "loss")  # of a message: whether it is a target
-# Of a message, besides role, content and calls: the field's name, and that which a message has here.
+TRAINING_FIELDS = ("weight", "train", "training", "loss")  # fields of a message that say whether it is a target
+# Other fields of a message: name in the data -> name here.
 KEPT_FIELDS = {
     **{name: name for name in ("name", "tool_call_id")},
     **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "reasoning_content"),
 }
 KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *KEPT_FIELDS, *TRAINING_FIELDS}
-UNUSED = "unused fields"  # of a message, while a record is converted
-TEMPLATE_ARGS = "chat_template_kwargs"  # of a record: variables for the chat template, as TRL has them
-RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # variables that the template gets from nanoft
+UNUSED = "unused fields"  # temporary key of a message during conversion
+TEMPLATE_ARGS = "chat_template_kwargs"  # field of a record: variables for the chat template, as in TRL
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # template variables that nanoft sets
 RESERVED |= {"bos_token", "eos_token", "pad_token", "unk_token"}
 JSON_TURNS = re.compile(r"""\s*\[\s*{\s*['"](?:role|content|from|value)['"]""")  # a list of turns, stored as a text
 MALFORMED = "malformed"
-# What an objective learns from: answers, better ones, good and bad ones; or its own answers to prompts.
+# What an objective learns from: answers, pairs of answers, labeled answers, or sampled answers to prompts.
 Learns = Literal["turns", "pairs", "labels", "prompts"]
-# Fields of a prompt with what rewards compare with: the first one that there is.
+# Fields with the reference answer that rewards compare with; the first one present is used.
 REFERENCES = ("answer", "solution", "reference", "reference_answer", "ground_truth", "target")
-CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # but white space (tab, newline, form feed, ...)
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # except white space (tab, newline, form feed, ...)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One record: messages or a plain text, the tools offered to the model, and where it was read."""
+    """One record: messages or a plain text, the tools offered to the model, and its place in the file."""
 
     messages: list[Message]
     text: str | None
     file: str
     line: int  # from 1; in a JSON array or a Parquet file, the record's number
     tools: list[dict[str, Any]] | None = None
-    fields: dict[str, Any] = field(default_factory=dict)  # of the record: what the split depends on; for rewards, all
-    prompt_characters: int = 0  # of the text: they are no targets
+    fields: dict[str, Any] = field(default_factory=dict)  # of the record: those that the split needs; for rewards, all
+    prompt_characters: int = 0  # length of the text's prompt, which is not a target
     template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
-    notes: tuple[str, ...] = ()  # what has no effect
+    notes: tuple[str, ...] = ()  # warnings about fields without effect
     worse: tuple[list[Message], ...] = ()  # the same prompt with worse answers
-    label: float = 1.0  # 1: its answer is desirable, 0: it is not; of pairs: by how much it is better
-    answer_at: int = -1  # the message where the answer begins, which `worse` has otherwise
+    label: float = 1.0  # 1: the answer is desirable, 0: it is not; of a pair: the margin of the better answer
+    answer_at: int = -1  # the message where the answer begins, from which `worse` differs
 
     @property
     def versions(self) -> tuple[list[Message], ...]:
@@ -94,7 +94,7 @@ class Conversation:
         return said if self.text is None else [self.text[self.prompt_characters :]]
 
     def prompt(self) -> str:
-        """All that the last answer replies to, or the plain text: conversations are compared by it."""
+        """Everything before the last answer, or the plain text; conversations are compared by it."""
         before = self.messages[: self.answer_at]
         said = (m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in before)
         return (self.text or "")[: self.prompt_characters or None] or "\n".join(said)
@@ -105,7 +105,7 @@ class Conversation:
 
 
 def turns_of(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> list[Message] | str:
-    """[{"role", "content", "tool_calls", "weight", ...}, ...], as OpenAI writes it; a prompt may also be a text."""
+    """[{"role", "content", "tool_calls", "weight", ...}, ...], OpenAI's form; a prompt may also be a text."""
     value = record[name]
     may_be_text = name in ("prompt", "completion", "chosen", "rejected") and not isinstance(value, (list, dict))
     if may_be_text and not JSON_TURNS.match(text := text_of(record, name)):
@@ -119,13 +119,13 @@ def turns_of(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> lis
 def _message(turn: Any, name: str, roles: Mapping[str, str]) -> Message:
     """ShareGPT's {"from": "Human", "value": "Q"} becomes {"role": "user", "content": "Q"}."""
     if not isinstance(turn, dict):
-        raise BadRecord(f"{name}: a turn is {json.dumps(turn, default=str):.40}: it needs a role and content")
+        raise BadRecord(f"{name}: a turn needs a role and content, found {json.dumps(turn, default=str):.40}")
     turn = dict(turn)
     for other, key in TURN_KEYS.items():
         if key not in turn and other in turn:
             turn[key] = turn.pop(other)
     calls = as_json(turn.get("tool_calls") or None, "tool_calls")
-    if turn.get("function_call"):  # OpenAI's older name of a single call
+    if turn.get("function_call"):  # OpenAI's older field for a single call
         if calls:
             raise BadRecord(f"{name}: a turn has tool_calls and function_call: keep one of them")
         calls = [as_json(turn["function_call"], "function_call")]
@@ -150,14 +150,14 @@ def _message(turn: Any, name: str, roles: Mapping[str, str]) -> Message:
 
 
 def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a message besides what it says; the names of those that are not known under UNUSED."""
+    """The fields of a message besides its content; UNUSED lists the names of unknown ones."""
     kept: dict[str, Any] = {}
     for name, standard in KEPT_FIELDS.items():
         if turn.get(name) is not None and kept.setdefault(standard, text_of(turn, name)) != text_of(turn, name):
             raise BadRecord(f"{name} and {standard} differ: keep one of them")
     found = {name: turn[name] for name in TRAINING_FIELDS if turn.get(name) is not None}
     if any(value not in (0, 1) for value in found.values()) or len({bool(value) for value in found.values()}) > 1:
-        rule = "weight must be 0 or 1, and train true or false, and they must not contradict each other"
+        rule = "weight must be 0 or 1, train must be true or false, and they must not contradict each other"
         raise BadRecord(f"{rule}: found {found!r:.60}")
     trained = {name if name == "weight" else "train": value for name, value in found.items()}
     unused = [name for name in turn if name not in KNOWN_FIELDS and turn[name] not in (None, "", [], {})]
@@ -165,7 +165,7 @@ def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(value: Any, role: str = "") -> str:
-    """A text; the texts of a list of parts; what a tool returned, as JSON."""
+    """The content as a text: of a list of parts, their texts; of a tool's result, JSON."""
     is_parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
     is_text = is_parts and value and all("text" in part for part in value)
     if role == "tool" and isinstance(value, (dict, list)) and not is_text:
@@ -222,7 +222,7 @@ def _summarization(record: dict[str, Any]) -> list[Message]:
 
 
 def _squad(record: dict[str, Any]) -> list[Message]:
-    """{"context", "question", "answers": {"text": [...], ...} | [...]}, as SQuAD writes it; the first answer counts."""
+    """{"context", "question", "answers": {"text": [...], ...} | [...]}, SQuAD's form; the first answer is used."""
     answers = as_json(record["answers"], "answers")
     answers = answers["text"] if isinstance(answers, dict) else answers
     first = answers[0] if isinstance(answers, list) and answers else answers
@@ -236,12 +236,12 @@ def _exchange(question: str, answer: str) -> list[Message]:
 
 
 def _prompt(record: dict[str, Any]) -> list[Message]:
-    """{"prompt": a text or messages, any of REFERENCES, and whatever rewards read}; the reference may be missing."""
+    """{"prompt": a text or messages, any of REFERENCES, other fields for rewards}; the reference may be missing."""
     return _pair({**record, "completion": _reference(record)})
 
 
 def _reference(record: dict[str, Any]) -> str:
-    """The answer that a record of a prompt has in a field of its own: a text, another value as JSON, or nothing."""
+    """The reference answer of a prompt's record: a text, another value as JSON, or empty."""
     found = next((record[name] for name in REFERENCES if record.get(name) not in (None, "")), "")
     return json.dumps(found) if isinstance(found, bool) else _content(found, "tool")
 
@@ -259,7 +259,7 @@ SHAPES = {
 }
 TURNS = (*preferences.TURNS, "completion", "chosen", "rejected")  # fields that hold lists of turns
 CHATS = {name: shape for name, shape in SHAPES.items() if shape.to_messages}
-SHAPES_OF: dict[Learns, dict[str, Shape]] = {  # those that an objective can learn from
+SHAPES_OF: dict[Learns, dict[str, Shape]] = {  # shapes that an objective can learn from
     "turns": SHAPES,
     "pairs": PAIR_SHAPES,
     "labels": PAIR_SHAPES | CHATS,
@@ -283,27 +283,27 @@ def parse_tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record that cannot be used, and where it was read."""
+    """A record that cannot be used, and its place in the file."""
 
     reason: str
     file: str
     line: int
-    kind: str = MALFORMED  # what it is counted as
+    kind: str = MALFORMED  # its category in the report
 
 
 def check_format(name: str, learns: Learns = "turns") -> None:
-    """Raise a UserError if data.format is neither auto, nor a known shape, nor package.module:function."""
+    """Raise a UserError if data.format is not auto, a known shape or package.module:function."""
     names = ("auto", *SHAPES_OF[learns], "package.module:function")
     if name not in names[:-1] and not is_function(name.removeprefix(UNTRUSTED)):
         raise UserError(f"data.format: {name!r:.60} is not known{nearest(name, names)}")
 
 
 def format_function(name: str) -> Callable[..., Any] | None:
-    """The user's own function that data.format names, imported; None if it names a shape."""
+    """Import the user's function that data.format names; None if it names a shape."""
     check_format(name)
     if name.startswith(UNTRUSTED):
         name = name.removeprefix(UNTRUSTED)
-        raise UserError(f"data.format: {name} is code, which config.json cannot name: add data.format={name} again")
+        raise UserError(f"data.format: {name}: a run's config.json must not name code to run: add data.format={name}")
     return import_function(name, "data.format", "(record)") if is_function(name) else None
 
 
@@ -314,7 +314,7 @@ def read_file(
     only: Collection[int] | None = None,  # lines to convert; None: all
     learns: Learns = "turns",
 ) -> Iterator[Conversation | Rejected | str]:
-    """All records of a file in order; before them, a description of the shape they are read in."""
+    """Yield a description of the shape of a file's records, and then all records in order."""
     if odd := [role for role in data.roles.values() if role not in ROLES]:
         raise UserError(f"data.roles: {odd[0]!r:.40} is not a role{nearest(str(odd[0]), ROLES)}")
     function, columns, shapes = format_function(data.format), data.columns, SHAPES_OF[learns]
@@ -327,7 +327,7 @@ def read_file(
         shape, found = detect_shape(path, shapes, shape, first, others)
         if learns == "turns" and data.label_field is None and shape != "text":
             require_label_choice(path, first)
-        for name in sorted({*columns} - {*shapes[shape].fields}):  # another may be a field of the split, or unused
+        for name in sorted({*columns} - {*shapes[shape].fields}):  # others may be a field of the split, or unused
             if "did you mean" in (near := nearest(name, shapes[shape].fields)):
                 raise UserError(f"data.columns: {name!r:.60} is not a field of {shape}{near}")
     said = [name if name == column else f"{name} ({column})" for name, column in found.items()]
@@ -344,7 +344,7 @@ def read_file(
             yield _convert(record, shape, function, str(path), line, data, learns)
         except BadRecord as reason:
             yield Rejected(str(reason), str(path), line, reason.kind if isinstance(reason, Skipped) else MALFORMED)
-        except RecursionError:  # from putting a value into a message
+        except RecursionError:  # from formatting a value for a message
             yield Rejected("nested too deeply", str(path), line)
 
 
@@ -379,7 +379,7 @@ def _convert(
     required, to_messages, is_compared = shapes[shape].required, shapes[shape].to_messages, shape in PAIR_SHAPES
     if learns == "labels" and not is_compared:
         label = float(is_desirable(read | record, data.label_field))
-    elif learns == "pairs":  # by how much the better answer is better
+    elif learns == "pairs":  # the margin of the better answer
         label = number_of(read | record, data.margin_field) if data.margin_field else 0.0
     split_by = (data.stratify_field, data.split_group, data.split_time)
     fields = {name: _split_field(read, name) for name in split_by if name not in (None, "length")}
@@ -426,25 +426,25 @@ def _call(
 ) -> tuple[dict[str, Any], str]:
     try:
         found = function(record)
-    except Exception as error:  # the function is the user's program, and so is the mistake
+    except Exception as error:  # a mistake in the user's own function
         raise UserError(f"{where}: {type(error).__name__}: {error}") from None
     found = {"messages": found} if isinstance(found, list) else {"text": found} if isinstance(found, str) else found
     for name, shape in SHAPES_OF[learns].items() if isinstance(found, dict) else ():
         if found.keys() >= {*shape.required}:
             return found, name
     what = f"the fields {names_of(found)}" if isinstance(found, dict) else type(found).__name__
-    raise BadRecord(f"data.format: the function returned {what}: expected the fields of a shape (docs/data.md)")
+    raise BadRecord(f"data.format: the function returned {what}: return the fields of a shape (docs/data.md)")
 
 
 def _split_field(record: dict[str, Any], name: str) -> Any:
     value = record.get(name)
     if value is None or isinstance(value, (list, dict)) or value != value:
-        raise BadRecord(f"{name}: {json.dumps(value, default=str):.40} is not a value to split by")
+        raise BadRecord(f"{name}: {json.dumps(value, default=str):.40} cannot be used to split the data")
     return value if isinstance(value, (int, float)) else text_of({name: str(value)}, name)
 
 
 def _check_turns(messages: list[Message], may_be_empty: bool) -> None:
-    """Check who speaks, and drop unanswered messages at the end; the order of turns is the chat template's affair."""
+    """Check the roles, and drop unanswered messages at the end; the chat template checks the order of turns."""
     for message in messages:
         is_answer = message["role"] == "assistant" and not message.get("tool_calls") and is_trained(message)
         is_answer = is_answer and not may_be_empty

@@ -1,7 +1,7 @@
-"""The data as the model sees it: checks of the tokens, a preview of samples, the window of a step.
+"""The data as the model sees it: checks of the tokens, a preview of samples, and the window of a step.
 
-Many fine-tuning runs fail because of their data: turns do not end in a token that stops generation, BOS appears twice,
-the prompt at inference differs from the prompt in training. Each of these is one check, one line, and one fix.
+Many fine-tuning runs fail because of their data: turns do not end with a token that stops generation, BOS appears
+twice, the prompt at inference differs from that in training. For each there is one check, one line, and one fix.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ CONVERSATIONS_CHECKED = 32  # rendered again
 
 
 def check_embeddings(corpus: PreparedDataset, vocab_size: int, positions: int, max_seq_length: int) -> None:
-    """Raise a UserError if a token or a position (0: none are learned) would be read beyond the model's embedding."""
+    """Raise a UserError if a token id or a learned position (0: none) lies outside the model's embedding."""
     longest = max(int(samples.lengths.max()) for samples in (corpus.training, corpus.validation) if len(samples))
     longest = min(longest, max_seq_length)
     if 0 < positions < longest:
         raise UserError(f"model.max_seq_length: samples have up to {longest} tokens: set it to the base's {positions}")
     largest = max((int(ids.max()) for ids in _training_ids(corpus)), default=0)
     if largest >= vocab_size:
-        found = f"its vocabulary has {vocab_size:,} tokens, and its tokenizer gives the id {largest:,}"
-        raise UserError(f"model.name: {found}: tokenizer.json is another model's: fetch the directory again")
+        found = f"its vocabulary has {vocab_size:,} tokens, but its tokenizer gives the id {largest:,}"
+        raise UserError(f"model.name: {found}: tokenizer.json belongs to another model: download the model again")
 
 
 def utilization(batches: Batches) -> float:
@@ -49,7 +49,7 @@ def utilization(batches: Batches) -> float:
 
 
 def unseen_tokens(corpus: PreparedDataset, wanted: Sequence[int]) -> list[int]:
-    """Those of these tokens that occur in no training sample."""
+    """The wanted tokens that occur in no training sample."""
     pieces = _training_ids(corpus) if wanted else ()
     seen = set[int]().union(*(np.intersect1d(ids, wanted).tolist() for ids in pieces))
     return [number for number in wanted if number not in seen]
@@ -69,8 +69,8 @@ def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> l
     doubled = sum(len(s.ids) > 1 and s.ids[0] == s.ids[1] == chat.bos_id for s in samples)
     first = sum(s.ids[0] == chat.bos_id for s in samples)
     begins = f"{first:,} of {len(samples):,} samples begin with one BOS, {doubled} with two"
-    begins = begins if chat.bos_id is not None else "the tokenizer has none"
-    fix = "take {{ bos_token }} out of the chat template, or the BOS out of the tokenizer's post-processor"
+    begins = begins if chat.bos_id is not None else "the tokenizer has no BOS"
+    fix = "remove {{ bos_token }} from the chat template, or the BOS from the tokenizer's post-processor"
     return [
         _check_stop(samples, corpus, chat, train_on),
         Check.of("bos", not doubled, begins, fix),
@@ -80,7 +80,7 @@ def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> l
 
 
 def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
-    """Every trained turn ends in a stop token, except those that were truncated, and chunks of a text."""
+    """Check that every trained turn ends with a stop token, except truncated turns and chunks of a text."""
     last: list[int] = []
     for sample in samples:
         after = np.append(sample.is_target[1:], False)
@@ -90,15 +90,15 @@ def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokeni
         last += ends
     cut = corpus.report["answers_cut"] + corpus.report["chunks"] - corpus.report["chunked_texts"]
     odd = [token for token in last if token not in chat.stop_ids]
-    shown = f"; one ends in {chat.decode(odd[:1], keep_special=True)!r}" if odd else ""
+    shown = f"; one ends with {chat.decode(odd[:1], keep_special=True)!r}" if odd else ""
     stops = ", ".join(repr(chat.decode([token], keep_special=True)) for token in chat.stop_ids)
-    found = f"{len(last) - len(odd):,} of {len(last):,} turns end in a stop token ({stops}){shown}"
-    fix = "the tuned model would not stop; put the template's end of turn into generation_config.json's eos_token_id"
+    found = f"{len(last) - len(odd):,} of {len(last):,} turns end with a stop token ({stops}){shown}"
+    fix = "the tuned model would not stop: add the template's end of turn to eos_token_id in generation_config.json"
     return Check.of("stop", len(odd) <= cut, found, fix)
 
 
 def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
-    """The prompt at inference equals what precedes the answer in training."""
+    """Check that the prompt at inference equals what precedes the answer in training."""
     extras = []  # what follows the prompt in training; None: nothing
     read = corpus.conversations(corpus.training, CONVERSATIONS_CHECKED)
     for conversation, version in ((item, version) for item in read for version in item.versions):
@@ -116,8 +116,8 @@ def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -
         extras.append(chat.decode(before[len(prompt) :], keep_special=True) if before != prompt else None)
     differing = [extra for extra in extras if extra is not None]
     found = f"{len(extras) - len(differing)} of {len(extras)} prompts are the same in training and at inference"
-    found += f"; in training {differing[-1]!r:.60} follows" if differing and differing[-1] else ""
-    fix = "the template adds it to the answers: choose another with model.chat_template"
+    found += f"; in training, {differing[-1]!r:.60} follows one" if differing and differing[-1] else ""
+    fix = "the chat template treats answered prompts differently: choose another with model.chat_template"
     return Check.of("prompt", not differing, found, fix)
 
 
@@ -138,7 +138,7 @@ def show_step(
 def show_window(
     batches: Batches, index: int, corpus: PreparedDataset, chat: ChatTokenizer, color: bool
 ) -> Iterator[str]:
-    """A window of the current epoch as the model sees it: borders of documents, targets, special tokens, counts."""
+    """A window of the current epoch as the model sees it: document boundaries, targets, special tokens, counts."""
     for number, (rows, batch) in enumerate(zip(batches.rows(index), batches.window(index), strict=True), start=1):
         height, width = batch.ids.shape
         counts = f"{batch.tokens:,} tokens, {batch.target_tokens:,} targets, {height * width - batch.tokens:,} padding"
@@ -154,13 +154,13 @@ def show_window(
 
 
 def answer_kind(corpus: PreparedDataset, samples: TokenDataset, at: int) -> str:
-    """What the answer of a sample is to a preference objective, before its place."""
+    """The role of a sample's answer in a preference objective, as a prefix of its location."""
     kinds = {"pairs": ("rejected: ", "chosen: "), "labels": ("undesirable: ", "desirable: ")}
     return kinds.get(corpus.learns, ("", ""))[int(is_preferred(samples)[at])]
 
 
 def preview(corpus: PreparedDataset, chat: ChatTokenizer, seed: int) -> str:
-    """The shortest, the longest, a truncated and three random samples, with the other answer: ids, text and mask."""
+    """The shortest, the longest, a truncated and three random samples (of pairs, both answers): text, ids and mask."""
     samples = corpus.training
     cut, chance = np.flatnonzero(np.isin(samples.chosen, corpus.truncated)), random.Random(seed)
     chosen = [

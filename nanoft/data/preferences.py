@@ -1,9 +1,9 @@
 """Records that compare answers: pairs, ranked answers, and single answers with a label.
 
-A record becomes a conversation with its best answer, and the same prompt with each worse one. Objectives that learn
-from pairs take the best answer against each worse one; KTO takes every answer by itself, as desirable or not.
-PAIR_SHAPES is the table of shapes. The prompt may be a text or messages, stand in its own field, or be what the
-answers, given as whole conversations, have in common.
+A record becomes a conversation with its best answer, and the same prompt with each worse one. Objectives on pairs
+compare the best answer with each worse one; KTO uses every answer by itself, as desirable or undesirable. PAIR_SHAPES
+is the table of shapes. The prompt may be a text or messages in a field of its own, or the common beginning of answers
+that are whole conversations.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from nanoft.data.sources import BadRecord
 from nanoft.data.values import as_json, number_of, optional_text, text_of
 
 Message = dict[str, Any]
-# What records without a preference are counted as.
+# Categories of records without a preference.
 EQUAL, EMPTY, UNRANKED = "equal answers", "empty answer", "no worse answer"
 UNLABELED, UNDESIRABLE = "no label", "undesirable label"
 TURNS = ("prompt", "conversations", "messages")  # fields that may hold turns
-ASKED = (*TURNS, "question", "instruction", "input")  # fields of a prompt: the first one counts
-TEXTS = ("answer", "response", "content", "text", "value", "completion")  # fields of a ranked answer: what it says,
-PLACES = ("rank", "score", "overall_score", "reward")  # its place (1 is best), or a number (more is better)
-SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of a dialogue in one text, as Anthropic's HH data has it
+ASKED = (*TURNS, "question", "instruction", "input")  # fields of a prompt: the first one present is used
+TEXTS = ("answer", "response", "content", "text", "value", "completion")  # fields of a ranked answer: its text,
+PLACES = ("rank", "score", "overall_score", "reward")  # its rank (1 is best) or score (higher is better)
+SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of a dialogue in one text, as in Anthropic's HH data
 
 
 class Skipped(BadRecord):
-    """A record without a preference; `kind` is what it is counted as, which is no mistake in the data."""
+    """A record without a preference, which is not malformed; `kind` is its category in the report."""
 
     def __init__(self, kind: str, reason: str = ""):
         super().__init__(reason or kind)
@@ -35,7 +35,7 @@ class Skipped(BadRecord):
 
 
 def one_prompt(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with the first field of its prompt alone; OpenAI wraps that: "input": {"messages", "tools"}."""
+    """Keep only the first field of a record's prompt; OpenAI nests it: "input": {"messages", "tools"}."""
     for name in ("prompt", "input"):
         if isinstance(record.get(name), dict) and "messages" in record[name]:
             record = {**record, "prompt": None, "input": None, **record[name]}
@@ -48,13 +48,13 @@ def _asked(record: dict[str, Any]) -> str | None:
 
 
 def last_answer(turns: list[Message]) -> list[Message]:
-    """A conversation of which only what follows the last user message is judged."""
+    """Mark only what follows the last user message as the answer that is compared."""
     at = max((at for at, turn in enumerate(turns) if turn["role"] == "user"), default=-1) + 1
     return [*_context(turns[:at]), *turns[at:]]
 
 
 def _turns(value: Any, role: str) -> list[Message]:
-    """A text as one turn; a dialogue in one text, or converted messages, as they are."""
+    """The turns of a text (one), of a dialogue in one text, or of converted messages (unchanged)."""
     if isinstance(value, list):
         return value
     value = text_of({role: value}, role)
@@ -67,7 +67,7 @@ def _turns(value: Any, role: str) -> list[Message]:
 
 
 def _prompt(record: dict[str, Any]) -> list[Message]:
-    """The turns before the answer: in the first field that there is, with what Alpaca calls `input`."""
+    """The turns before the answer, from the first field present; Alpaca's `input` is appended to `instruction`."""
     name = _asked(record)
     asked = _turns(record[name] if name in TURNS else text_of(record, name), "user") if name else []
     if name == "instruction" and (more := optional_text(record, "input").strip()):
@@ -85,15 +85,15 @@ def _versions(prompt: list[Message], answers: list[list[Message]]) -> list[list[
         raise Skipped(EQUAL)
     if any(answer[0]["role"] != "assistant" for answer in answers):
         differ = [any(turn != turns[0] for turn in turns) for turns in zip(*answers, strict=False)]
-        common = differ.index(True) if True in differ else len(differ) - 1  # one may begin with the whole other
+        common = differ.index(True) if True in differ else len(differ) - 1  # one may be a prefix of another
         while common and any(answer[common]["role"] != "assistant" for answer in answers):
             common -= 1
         if not common:
-            raise BadRecord("the answers have no prompt in common: give it as prompt")
+            raise BadRecord("the answers have no prompt in common: add a field prompt")
         shared = [turn["content"].strip() for turn in answers[0][:common]]
         asked = [turn["content"].strip() for turn in prompt if turn["role"] == "user"][-1:]
         if prompt and not (asked and (asked[0] in shared or shared[-1] in asked[0])):
-            raise BadRecord("prompt is not what the answers reply to: keep one of the two")
+            raise BadRecord("prompt differs from the prompt in the answers: keep one of the two")
         prompt, answers = answers[0][:common], [answer[common:] for answer in answers]
     if not prompt:
         raise BadRecord("has no prompt")
@@ -106,16 +106,16 @@ def _pair(record: dict[str, Any]) -> list[list[Message]]:
 
 
 def _ranked(record: dict[str, Any]) -> list[list[Message]]:
-    """{"prompt", "answers": the best first, or with ranks or scores}: the best against each that is worse."""
+    """{"prompt", "answers": best first, or with ranks or scores}: the best answer and each worse one."""
     answers = as_json(record["answers"], "answers")
     if not isinstance(answers, list):
-        raise BadRecord("answers: is not a list")
+        raise BadRecord("answers: not a list")
     if all(isinstance(answer, str) for answer in answers):
         texts, places = answers, [float(place) for place in range(len(answers))]
     else:
         fields = [(_field(answer, TEXTS), _field(answer, PLACES)) for answer in answers]
         if any(None in found for found in fields):
-            raise BadRecord(f"answers: each needs its text ({', '.join(TEXTS)}) and its rank or score")
+            raise BadRecord(f"answers: each needs a text ({', '.join(TEXTS)}) and a rank or score")
         texts = [answer[text] for answer, (text, _) in zip(answers, fields, strict=True)]
         numbers = [number_of(answer, place) for answer, (_, place) in zip(answers, fields, strict=True)]
         places = [n if place == "rank" else -n for n, (_, place) in zip(numbers, fields, strict=True)]
@@ -138,7 +138,7 @@ PAIR_SHAPES = {
 
 
 def is_desirable(record: dict[str, Any], label: str | None) -> bool:
-    """Whether a field marks an answer as good; None: the first field of LABELS that the record has."""
+    """Whether the field `label` marks an answer as good; None: the first field of LABELS in the record."""
     name = next((name for name in ([label] if label else LABELS) if name in record), None)
     if name is None:
         where = f"{label!r} (data.label_field)" if label else " or ".join(LABELS)

@@ -1,10 +1,10 @@
-"""Data sources to raw records: files, directories, globs and Hub datasets, read one record after another.
+"""Read raw records from data sources: files, directories, globs and Hub datasets.
 
-JSON Lines, CSV, TSV and Parquet are streamed, so the size of a file does not matter. A record that cannot be read (a
-line that is not JSON, a ragged row, bytes that are not UTF-8) is yielded as a BadRecord in its place, and reading goes
-on. A file that cannot be read as a whole (truncated, damaged, of another kind) is a UserError.
+JSON Lines, CSV, TSV and Parquet are streamed, so files may be larger than memory. A record that cannot be read (a line
+that is not JSON, a ragged row, bytes that are not UTF-8) is yielded as a BadRecord in its place, and reading continues.
+A file that cannot be read as a whole (truncated, damaged, of another type) is a UserError.
 
-A directory, here or on the Hub, may hold several splits: `train_file` then means its training split alone.
+A directory, local or on the Hub, may contain several splits: `train_file` then means only its training split.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ Raw = Any  # any value in place of a record, or a BadRecord
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 HUB = "hf://datasets/"
 HUB_NAME = re.compile(r"([^/@]+)/([^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*?))?/*")
-METADATA = ["dataset_info.json", "dataset_infos.json", "*config.json"]  # describe a dataset, are not its data
+METADATA = ["dataset_info.json", "dataset_infos.json", "*config.json"]  # files about a dataset, not its data
 # A split is named by a word in a path: "train", "my_train", "testset"; not "constrained" or "testimony".
 SPLIT = re.compile(
     "(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<validation>valid(?:ation)?|val|dev|eval(?:uation)?)|(?P<test>test(?:ing)?))"
     "(?:_?(?:set|split|data))?(?![a-z])",
     re.IGNORECASE,
 )
-PREFERRED = {"data.validation_file": ("validation", "test", None, "train")}  # None: named after no split
+PREFERRED = {"data.validation_file": ("validation", "test", None, "train")}  # None: not named after a split
 SHARD = re.compile(r"[-_.]?(?:(?:part|shard)[-_.]?)?\d+(?:[-_.]of[-_.]\d+)?(?:-[0-9a-f-]{8,})?$")  # -00000-of-00002
-MAX_RECORD = 64 << 20  # bytes; a longer line is a file without line ends
-MAX_VALUES = 1 << 30  # bytes, uncompressed, of a JSON file that is not JSON Lines: it is read into memory
+MAX_RECORD = 64 << 20  # bytes; a longer line means a file without line ends
+MAX_VALUES = 1 << 30  # bytes, uncompressed, of a JSON file that is not JSON Lines and so has to fit in memory
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
-# What the first bytes of a file say that it is, and how it becomes readable.
+# First bytes of a file -> what it is, and how to make it readable.
 ENCODINGS = {
     rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32", rb"([^\0]\0\0\0){2}": "UTF-32LE", rb"(\0\0\0[^\0]){2}": "UTF-32BE",
     rb"\xff\xfe|\xfe\xff": "UTF-16", rb"([^\0]\0){2}": "UTF-16LE", rb"(\0[^\0]){2}": "UTF-16BE",
@@ -70,10 +70,10 @@ def find_files(spec: str, name: str = "data.train_file", log: Log = lambda line:
 
     Args:
         name: the setting, for messages; a `data.validation_file` is the validation split of a directory.
-        log: gets a line for each directory of which other splits are left unread.
+        log: gets a line for each directory that has other splits, which are not read.
     """
     if not spec.strip():
-        raise UserError(f"{name}: is empty: give a file ({' '.join(SUFFIXES)}), a directory or hf://datasets/")
+        raise UserError(f"{name}: empty: give a file ({' '.join(SUFFIXES)}), a directory or hf://datasets/")
     found = []
     for part in [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(",")]:
         place = _download(part, name) if part.startswith(HUB) else part
@@ -88,7 +88,7 @@ def find_files(spec: str, name: str = "data.train_file", log: Log = lambda line:
 
 
 def _files_at(place: str, part: str, name: str, log: Log) -> list[Path]:
-    """A file; the split of a directory; what a glob matches; or the shards of `folder/train`, whose names it begins."""
+    """A file; the split of a directory; the matches of a glob; or the shards whose names begin with `folder/train`."""
     if os.path.isdir(place):
         return _choose_split(_data_files(Path(place), part, name), Path(place), part, name, log)
     if os.path.isfile(place) or "\0" in place:
@@ -107,17 +107,17 @@ def _data_files(directory: Path, part: str, name: str) -> list[Path]:
             whole = path.parent.parent if (path.parent.parent / "dataset_dict.json").is_file() else path.parent
             split = "['train']" if whole != path.parent else ""
             fix = f"from datasets import load_from_disk; load_from_disk('{whole}'){split}.to_json('data.jsonl')"
-            raise UserError(f'{name}: {part}: was written by save_to_disk of datasets: convert it: python -c "{fix}"')
+            raise UserError(f'{name}: {part}: written by save_to_disk of datasets: convert it: python -c "{fix}"')
         if _suffix(path) in SUFFIXES and path.is_file() and not hidden and not any(map(path.match, METADATA)):
             found.append(path)
     return found
 
 
 def _choose_split(files: list[Path], root: Path, part: str, name: str, log: Log) -> list[Path]:
-    """The files of the one split that is wanted; all of them if none is named after a split.
+    """The files of the wanted split; all files if none is named after a split.
 
-    `main/train-00000-of-00002.parquet` is a shard of the split `main/train`. Several training splits, of several
-    configurations (main, socratic) or kinds (train_sft, train_gen), are not guessed between.
+    `main/train-00000-of-00002.parquet` is a shard of the split `main/train`. Several training splits, from several
+    configurations (main, socratic) or of several kinds (train_sft, train_gen), are an error.
     """
     groups: dict[str, dict[str, list[Path]]] = {}  # split -> name of each of its candidates -> shards
     for path in files:
@@ -132,11 +132,11 @@ def _choose_split(files: list[Path], root: Path, part: str, name: str, log: Log)
     candidates = groups[split] if split else {key: value for group in groups.values() for key, value in group.items()}
     if split != "None" and len(candidates) > 1:
         labels = [str(s[0].relative_to(root)) if len(s) == 1 else key.split("\0")[0] for key, s in candidates.items()]
-        what = f"{len(labels)} splits that could be meant ({', '.join(labels)!s:.200})"
-        raise UserError(f"{name}: {part}: has {what}: name one: {part.rstrip('/')}/{labels[0]}")
+        what = f"{len(labels)} candidate splits ({', '.join(labels)!s:.200})"
+        raise UserError(f"{name}: {part}: has {what}: name one, such as {part.rstrip('/')}/{labels[0]}")
     chosen = [path for shards in candidates.values() for path in shards]
     if unread := [str(path.relative_to(root)) for path in files if path not in chosen]:
-        log(f"data      {part}: only its {split} split is read, not {', '.join(unread)!s:.200}")
+        log(f"data      {part}: reading only its {split} split, not {', '.join(unread)!s:.200}")
     return chosen
 
 
@@ -144,17 +144,17 @@ def _download(part: str, name: str) -> str:
     """Fetch the data files of hf://datasets/OWNER/NAME[@REVISION][/PATH]; returns where PATH now lies."""
     named = HUB_NAME.fullmatch(part.removeprefix(HUB))
     if not named:
-        raise UserError(f"{name}: {part}: write {HUB}owner/name, followed by a path for a part of the dataset")
+        raise UserError(f"{name}: {part}: write {HUB}owner/name, or {HUB}owner/name/path for a part of the dataset")
     owner, repository, revision, inside = named.groups(default="")
     if ".." in f"{owner}/{repository}/{revision}/{inside}".split("/"):
         raise UserError(f"{name}: {part}: .. leads out of the dataset: name a file or directory in it")
     endings = [suffix + packed for suffix in SUFFIXES for packed in ("", ".gz")]
-    names = ("/*", "", "[0-9]*", "[-_.][0-9]*") if inside else ("*",)  # of a directory; of the shards of a split
+    names = ("/*", "", "[0-9]*", "[-_.][0-9]*") if inside else ("*",)  # in a directory; shards of a split
     wanted = [inside + name + ending for name in names for ending in endings]
     try:
         patterns: dict[str, Any] = {"allow_patterns": [inside, *wanted], "ignore_patterns": METADATA}
         root = download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
-    except Exception as error:  # the Hub client raises many kinds: no network, no such dataset, gated, bad name
+    except Exception as error:  # the Hub client raises many types: no network, no such dataset, gated, bad name
         raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason_of(error)}") from None
     return os.path.join(root, inside)
 
@@ -192,7 +192,7 @@ def read_raw(
         what = "damaged" if path.name.endswith(".gz") else "cannot be read"
         raise UserError(f"{path}: {what} after {count:,} records: {error}") from None
     if not count:
-        raise UserError(f"{path}: is empty: it needs at least one record")
+        raise UserError(f"{path}: empty: it needs at least one record")
 
 
 def _refuse_other_kinds(head: bytes, path: Path, expected: bytes) -> None:
@@ -201,7 +201,7 @@ def _refuse_other_kinds(head: bytes, path: Path, expected: bytes) -> None:
         raise UserError(f"{path}: {found}")
 
 
-def _lines(stream: IO[bytes]) -> Iterator[bytes]:  # split at newlines only; an over-long one is cut at MAX_RECORD
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:  # split at newlines only; a line is cut at MAX_RECORD bytes
     while line := stream.readline(MAX_RECORD):
         yield line
         while len(line) == MAX_RECORD and not line.endswith(b"\n"):
@@ -220,7 +220,7 @@ def _parse_line(line: bytes) -> Raw:
 
 
 def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
-    """JSON Lines, an array, values one after another, or an object: the content decides, people mix up the names."""
+    """JSON Lines, an array, concatenated values, or an object: by content, because file names are often wrong."""
     start = stream.tell()
     is_lines = _is_lines(stream, path)
     stream.seek(start)
@@ -233,7 +233,7 @@ def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator
 
 
 def _is_lines(stream: IO[bytes], path: Path) -> bool:
-    """Whether each line is a record: if the first one is, and others follow or the file is not called .json."""
+    """Whether each line is a record: the first one is, and others follow or the file is not called .json."""
     start, is_named_so = stream.tell(), _suffix(path) != ".json"
     lines = (line for line in _lines(stream) if line.strip())
     line = next(lines, b"")
@@ -251,14 +251,15 @@ def _is_lines(stream: IO[bytes], path: Path) -> bool:
 
 
 def _read_values(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Raw]]:
-    """The values of an array; those of a text one after another, also with commas between them; or of one object.
+    """The values of an array, of a text that concatenates them (commas are allowed), or of one object.
 
-    They are found with one character for each byte, which takes the least memory, and decoded as UTF-8 one by one.
+    The text is scanned as Latin-1, one character per byte, which takes the least memory; each value is then decoded
+    as UTF-8.
     """
     pieces = itertools.islice(iter(lambda: stream.read(1 << 20), b""), (MAX_VALUES >> 20) + 1)
     text = "".join(piece.decode("latin-1") for piece in pieces)
     if len(text) > MAX_VALUES:
-        raise UserError(f"{path}: longer than {MAX_VALUES >> 20} MiB, and not JSON Lines: write JSON Lines")
+        raise UserError(f"{path}: longer than {MAX_VALUES >> 20} MiB, and not JSON Lines: convert it to JSON Lines")
     start = _next(text, 0)
     is_array, number, expects_more = text.startswith("[", start), 0, False
     at = _next(text, start + is_array)
@@ -295,7 +296,7 @@ def _next(text: str, at: int) -> int:  # the next character that is not white sp
 
 
 def _records_of(whole: Any, path: Path) -> list[Any]:
-    """The records of the only array in {"version": ..., "data": [...]}; without one, or of turns: one record."""
+    """The records of the only array in {"version": ..., "data": [...]}; an object without one is itself a record."""
     wanted = f"{path}: expected an array of records, or an object with one: found"
     if not isinstance(whole, dict):
         raise UserError(f"{wanted} {type(whole).__name__}")
@@ -307,7 +308,7 @@ def _records_of(whole: Any, path: Path) -> list[Any]:
     if not arrays or any("role" in opening or "from" in opening for opening, *_ in filter(None, arrays.values())):
         return [whole]
     if len(arrays) > 1:
-        fix = f"write one of them to a file of its own: jq -c '.{next(iter(arrays))}[]' FILE > NEW.jsonl"
+        fix = f"write one of them to its own file: jq -c '.{next(iter(arrays))}[]' FILE > NEW.jsonl"
         raise UserError(f"{wanted} {len(arrays)} arrays: {', '.join(arrays)!r:.100}: {fix}")
     return next(iter(arrays.values()))
 
@@ -323,22 +324,22 @@ def _read_table(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterato
         delimiter = "\t" if _suffix(path) == ".tsv" else max(",;\t|", key=first.count)
     if len(delimiter) != 1 or delimiter in '"\r\n':
         raise UserError(f"data.delimiter: {delimiter!r} cannot separate the columns of {path}: give one character")
-    spaced = first.count(f"{delimiter} ") == first.count(delimiter) > 0  # "a, b": then the values are spaced, too
+    spaced = first.count(f"{delimiter} ") == first.count(delimiter) > 0  # "a, b": the values have spaces too
     rows = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     try:
         names = next(rows)
     except csv.Error as error:
         raise UserError(f"{path}:1: the header is not valid CSV: {error}") from None
-    names[:1] = [name or "index" for name in names[:1]]  # pandas writes its index without a name
+    names[:1] = [name or "index" for name in names[:1]]  # pandas writes an index column without a name
     if not names or not all(map(str.strip, names)) or len(set(names)) < len(names):
-        raise UserError(f"{path}:1: the header has {names!r:.80}: it needs one name for each column")
+        raise UserError(f"{path}:1: the header is {names!r:.80}: it needs a unique name for each column")
     row: list[str] | None = names
     while row is not None:
         line = rows.line_num + 1
         try:
             row = next(rows, None)
             if not row or not any(row):
-                continue  # a blank line; spreadsheets write delimiters on it
+                continue  # a blank line; spreadsheets write only delimiters
             if len(row) != len(names):
                 yield line, BadRecord(f"{len(row)} columns where the header has {len(names)}")
             else:
@@ -346,7 +347,7 @@ def _read_table(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterato
         except csv.Error as error:
             if "unexpected end" in str(error):
                 raise UserError(f"{path}:{line}: the quote opened here is never closed") from None
-            yield line, BadRecord(f'not valid CSV: {error} (a quote within quotes is written twice: "")')
+            yield line, BadRecord(f'not valid CSV: {error} (a quote within quotes must be doubled: "")')
 
 
 def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator[tuple[int, Raw]]:
@@ -359,12 +360,12 @@ def _read_parquet(stream: IO[bytes], path: Path, delimiter: str | None) -> Itera
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(1024))
         for number, row in enumerate(rows, start=1):
             yield number, {name: _without_nulls(value) for name, value in row.items()}
-    except Exception as error:  # pyarrow raises many kinds, also for dates and strings that Python cannot hold
+    except Exception as error:  # pyarrow raises many types, also for dates and strings that Python cannot represent
         raise UserError(f"{path}: not valid Parquet: {one_line(error)}") from None
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value of a table, without the null members of its structs: each has the members of all of them."""
+    """A value of a table, without the null members of its structs: in Parquet all structs have the same members."""
     if isinstance(value, dict):
         return {name: _without_nulls(member) for name, member in value.items() if member is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

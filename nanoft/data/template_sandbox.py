@@ -1,11 +1,12 @@
-"""Chat templates are untrusted programs: a sandbox that bounds their time, loops and output.
+"""A sandbox for chat templates, which are untrusted programs: it bounds their time, loops and output.
 
-Jinja's sandbox keeps a chat template away from Python's internals; it does not keep it from asking for a gigabyte
+Jinja's sandbox keeps a template away from Python's internals, but does not keep it from requesting a gigabyte
 (`'%1000000000d' % 1`), looping for a day, or doubling a list forty times. So three things are bounded here: the
-iterations of its loops, the characters of everything it makes, and its time. What can make a large value at once (a
-product, a format, a replacement) is estimated beforehand. A template that exceeds a bound is refused in one line.
+iterations of loops, the characters of all values created, and the time. The size of an operation that can create a
+large value at once (a product, a format, a replacement) is estimated beforehand. A template that exceeds a bound is
+refused with one line.
 
-What {% generation %} ... {% endgeneration %} marks is wrapped in two noncharacters, which `find_marks` removes.
+Text in {% generation %} ... {% endgeneration %} is enclosed by two noncharacters, which `find_marks` removes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TEMPLATE_ERRORS = (
 # What compiling can raise: also too many levels for Jinja's or Python's parser.
 COMPILE_ERRORS = (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError)
 MAX_SOURCE = 200_000  # characters of a template; long ones have 20,000
-MAX_OUTPUT = 1_000_000  # characters of a rendering, besides four times those of the messages
+MAX_OUTPUT = 1_000_000  # characters of a rendering, plus four times those of the messages
 MAX_MADE = 64  # times the output: characters of all intermediate values
 MAX_AT_ONCE = 16  # times the output: estimated characters of one value
 MAX_WIDTH = 999  # of a field in a format; of an argument in TAKING_LONG
@@ -49,9 +50,9 @@ MAX_SECONDS = 5.0  # of this thread's processor time, per rendering
 UNUSED_METHODS = ("encode", "to_bytes", "translate", "maketrans", "striptags", "unescape", "expandtabs", "zfill")
 # Filters and string methods whose result may be larger than their arguments.
 GROWING = ("replace", "join", "indent", "center", "ljust", "rjust", "batch", "slice", "tojson", "truncate", "sum")
-# Those that take long with a long text (characters to strip, digits) or a large number (of digits).
+# Those that take long for a long text (characters to strip, digits) or a large number (of digits).
 TAKING_LONG = ("strip", "lstrip", "rstrip", "trim", "int", "round")
-MACHINERY = (Context, nodes.EvalContext, Environment)  # what Jinja itself passes to some filters
+MACHINERY = (Context, nodes.EvalContext, Environment)  # arguments that Jinja itself passes to some filters
 
 
 class LimitExceeded(TemplateError):
@@ -59,7 +60,7 @@ class LimitExceeded(TemplateError):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The environment that templates are written for: sandboxed, read-only, bounded, with their helpers."""
+    """The environment that chat templates expect, with its helper functions: sandboxed, read-only and bounded."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
@@ -97,7 +98,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.made, self.steps, self.deadline = 0, 0, float("inf")
 
     def track(self, value: Any = None) -> Any:
-        """Count a step, and the size of a value, lists and objects as they would be written out."""
+        """Count a step and the size of a value, for lists and objects that of their text."""
         self.steps += 1
         if self.steps % 64 == 0:
             now = time.thread_time()  # slow on some machines
@@ -138,7 +139,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         method = getattr(function, "__wrapped__", function)  # Jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(function, "__name__", "")
         if owner is self:
-            return function(*args)  # what _Tracked has put there
+            return function(*args)  # inserted by _Tracked
         for value in (*args, *kwargs.values()):
             self.track(value)
         if isinstance(owner, str):
@@ -186,7 +187,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self._fits((_size(subject) + 1) * (each + 1), MAX_AT_ONCE)
 
     def _checked_form(self, form: str, size: int) -> str:
-        """A format string, if its fields are narrow and not too many: not `'%1000000000d' % 1`."""
+        """Return a format string if its fields are narrow and not too many; refuse `'%1000000000d' % 1`."""
         fields = str(form).count("%") + str(form).count("{")
         if fields and re.search(r"\d{4}|%[^%a-zA-Z]*\*|:[^}]*\{", str(form)):
             raise LimitExceeded(f"it formats with {form!r:.40}")
@@ -204,12 +205,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 class _Tracked(NodeTransformer):
     """Count iterations, macro calls and comparisons, and track literals and assigned values.
 
-    Between two of these an expression combines only as many values as it has operators, so + and ~ are not checked
-    unless there are very many.
+    Between two of these, an expression combines only as many values as it has operators, so + and ~ are checked only if
+    there are very many.
     """
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        def track(value: Any) -> Any:  # by a method of the environment, which a template cannot name
+        def track(value: Any) -> Any:  # through a method of the environment, which a template cannot access
             method = nodes.EnvironmentAttribute("track")
             return nodes.Call(method, [value], [], None, None).set_lineno(node.lineno)
 
@@ -226,7 +227,7 @@ class _Tracked(NodeTransformer):
                 node.nodes = [track(part) for part in node.nodes]
             case nodes.Add() if operators >= MAX_OPERATORS:
                 return track(node)
-            case nodes.Compare():  # may go through a million values
+            case nodes.Compare():  # may compare a million values
                 quick = all(part.op not in ("in", "notin") and isinstance(part.expr, nodes.Const) for part in node.ops)
                 return node if quick else track(node)
             case nodes.Getitem(arg=nodes.Slice()) | nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load"):
@@ -235,7 +236,7 @@ class _Tracked(NodeTransformer):
 
 
 class _GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}: marks what the assistant says."""
+    """{% generation %} ... {% endgeneration %}: marks the text of the assistant."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own protocol)
 
@@ -254,7 +255,7 @@ def find_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _size(value: Any, enough: int = MAX_AT_ONCE * MAX_OUTPUT) -> int:
-    """Characters of all strings in a value, plus one for each element; stops counting beyond `enough`."""
+    """Characters of all strings in a value, plus one per element; stops counting beyond `enough`."""
     if isinstance(value, str):
         return len(value)
     count, todo = 0, [value]

@@ -1,4 +1,4 @@
-"""Reading a model's tokenizer from its directory, within bounds: the files may come from anyone."""
+"""Read a model's tokenizer from its directory, within bounds, because the files may come from anyone."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from nanoft.batches import Array
 from nanoft.data.template_sandbox import CLOSING, MAX_SOURCE, OPENING
 from nanoft.io.untrusted import read_bytes, read_json, refuse_code
 
-# Noncharacters, as in template_sandbox: one splits a control token that a user wrote, one stands for an answer.
+# Noncharacters, as in template_sandbox: BREAK splits a control token in a text, PLACEHOLDER stands for an answer.
 BREAK, PLACEHOLDER = "\ufdd0", "\ufdd3"
 NONCHARACTERS = {OPENING, CLOSING, BREAK, PLACEHOLDER}
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 TEMPLATE_FILE = "chat_template.jinja"
-MAX_TOKENIZER = 100 << 20  # bytes of a tokenizer.json; the largest in use have 33 MB
+MAX_TOKENIZER = 100 << 20  # bytes of a tokenizer.json; the largest ones have 33 MB
 MAX_ID = 1 << 22  # of a token; the largest vocabularies have 2^18
-MAX_SPECIAL = 20_000  # control tokens; each is searched for in every text
+MAX_SPECIAL = 20_000  # control tokens; every text is searched for each of them
 MAX_GROWTH = 64  # factor by which a normalizer or decoder may lengthen a text
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """Read tokenizer.json; refuse one that would fill the memory, run forever, or cannot encode a letter."""
+    """Read tokenizer.json; refuse one that would fill memory, run forever, or fail to encode a letter."""
     path = directory / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"{path}: no such file: a model needs its tokenizer.json")
+        raise UserError(f"{path}: no such file: copy the model's tokenizer.json there")
     with as_user_error(f"{path}: not a valid tokenizer"):
         tokenizer = Tokenizer.from_buffer(read_bytes(path, MAX_TOKENIZER))
         tokenizer.no_truncation()  # a tokenizer.json may ask for both
@@ -48,25 +48,25 @@ def read_tokenizer(directory: Path) -> Tokenizer:
             raise ValueError(f"the control token {reserved[0]!r:.60} contains a reserved Unicode noncharacter")
         for part in (tokenizer.normalizer, tokenizer.decoder):
             if part is not None and _growth(json.loads(part.__getstate__())) > MAX_GROWTH:
-                raise ValueError(f"its {type(part).__name__} makes a text more than {MAX_GROWTH} times as long")
+                raise ValueError(f"its {type(part).__name__} can make a text more than {MAX_GROWTH} times longer")
         tokenizer.encode("a 1", add_special_tokens=True)
     return tokenizer
 
 
 def add_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[int, ...]:
-    """Make each text one control token, at the end of the vocabulary unless it has one; their ids."""
+    """Make each text a control token, appended to the vocabulary if it is new; return their ids."""
     for text in texts:
         if not text.strip() or NONCHARACTERS & set(text) or texts.count(text) > 1:
-            raise UserError(f"model.add_tokens: {text!r:.60} cannot be a token: give different visible texts")
+            raise UserError(f"model.add_tokens: {text!r:.60} cannot be a token: give distinct visible texts")
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
     return tuple(number for text in texts if (number := tokenizer.token_to_id(text)) is not None)
 
 
 def read_settings(directory: Path) -> tuple[dict[str, str], dict[str, str], list[int]]:
-    """The special tokens, the chat templates by name (`default`, `tool_use`, ...), the stop ids.
+    """The special tokens, the chat templates by name (`default`, `tool_use`, ...), and the stop ids.
 
-    A token is a string, or an object with its content. Templates are in files of their own, or in the settings: one, or
-    a list of named ones.
+    A token is a string, or an object with its content. Templates are in separate files or in the settings: one, or a
+    list of named ones.
     """
     path = directory / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
@@ -88,7 +88,7 @@ def read_settings(directory: Path) -> tuple[dict[str, str], dict[str, str], list
     stored = settings.get("chat_template") if not templates else None
     if isinstance(stored, list):
         templates = {str(t.get("name")): t["template"] for t in stored if isinstance(t, dict) and "template" in t}
-        templates = {"default": next(iter(templates.values()), stored), **templates}  # a list without any is refused
+        templates = {"default": next(iter(templates.values()), stored), **templates}  # a list without one is refused
     elif stored is not None:
         templates = {"default": stored}
     if odd := [template for template in templates.values() if not isinstance(template, str)]:
@@ -97,7 +97,7 @@ def read_settings(directory: Path) -> tuple[dict[str, str], dict[str, str], list
     stops = (read_json(path) if path.is_file() else {}).get("eos_token_id") or []
     stops = stops if isinstance(stops, list) else [stops]
     if not all(type(stop) is int and 0 <= stop < MAX_ID for stop in stops):
-        raise UserError(f"{path}: eos_token_id: expected ids, found {stops!r:.60}")
+        raise UserError(f"{path}: eos_token_id: expected token ids, found {stops!r:.60}")
     return special, templates, stops
 
 
@@ -110,7 +110,7 @@ def read_template(file: Path) -> str:
 
 @contextlib.contextmanager
 def as_user_error(message: str) -> Iterator[None]:
-    """Turn what the tokenizers library raises into a UserError: a bare Exception, or a panic, a BaseException."""
+    """Turn errors of the tokenizers library into a UserError: a bare Exception, or a panic (a BaseException)."""
     try:
         yield
     except BaseException as error:
@@ -121,10 +121,10 @@ def as_user_error(message: str) -> Iterator[None]:
 
 
 def byte_widths(tokenizer: Tokenizer) -> Array | None:
-    """(vocabulary,) the bytes of text that each token stands for; None if only the tokenizer knows.
+    """(vocabulary,) the number of bytes of text that each token stands for; None if the tokens do not tell.
 
-    A byte-level BPE (GPT-2, Llama 3) spells each byte with one character and changes nothing, so the offsets of its
-    tokens follow from their widths; having the library track them makes it a third slower.
+    A byte-level BPE (GPT-2, Llama 3) writes each byte as one character and changes nothing, so the offsets of its
+    tokens follow from their widths. Tracking offsets in the library makes encoding a third slower.
     """
     changes = tokenizer.normalizer is not None or not isinstance(tokenizer.decoder, decoders.ByteLevel)
     added = tokenizer.get_added_tokens_decoder()
@@ -140,7 +140,7 @@ def byte_widths(tokenizer: Tokenizer) -> Array | None:
 
 def _growth(part: dict[str, Any]) -> float:  # the factor by which a normalizer or decoder may lengthen a text
     if part["type"] == "Replace":
-        taken = len(part["pattern"].get("String", ""))  # a regular expression, or an empty string, may remove nothing
+        taken = len(part["pattern"].get("String", ""))  # a regular expression or an empty string may match nothing
         return max(1, len(part["content"]) / taken if taken else 1 + len(part["content"]))
     if part["type"] == "Prepend":
         return 1 + len(part["prepend"])

@@ -1,9 +1,9 @@
-"""Samples longer than model.max_seq_length: plain text in chunks, others dropped, or cut where it does the least harm.
+"""Samples longer than model.max_seq_length: split plain text into chunks; drop others, or cut where it harms least.
 
-Cutting token ids blindly loses the answer, the question or the system message, and an end-of-sequence token behind the
-cut teaches the model to stop in the middle. Here a prompt is shortened as a conversation and rendered again: the system
-message and the last turns are kept, and of a single long message its beginning and end. An answer loses its tail, and
-the token that ends the turn. A sample without target tokens is never kept.
+Cutting token ids blindly loses the answer, the question or the system message, and an end-of-sequence token after the
+cut teaches the model to stop in mid-sentence. Here a prompt is shortened as a conversation and rendered again: the
+system message and the last turns are kept, and the beginning and end of a single long message. An answer loses its tail
+and the token that ends the turn. A sample without target tokens is never kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def fit(
     if policy == "reject":
         where = f"{conversation.file}:{conversation.line}: {len(longest.ids):,} tokens"
         fix = "raise it, or choose another data.truncation"
-        raise UserError(f"{where} are more than model.max_seq_length={limit}: {fix}")
+        raise UserError(f"{where}, more than model.max_seq_length={limit}: {fix}")
     if policy == "response":
         return _cut_responses(samples, limit)
     if policy == "prompt":
@@ -54,10 +54,10 @@ def fit(
 
 
 def chunk(sample: Sample, limit: int, bos_id: int | None) -> list[Sample]:
-    """A plain text as samples of at most `limit` tokens, in which every token is a target exactly once.
+    """Split a plain text into samples of at most `limit` tokens, in which every token is a target exactly once.
 
-    Each begins where inference would: with the BOS, if there is one, and the last token of the sample before, which is
-    what its first target is predicted from. BOS a b c d e f, limit 4: BOS a b c | BOS c d e | BOS e f
+    Each begins as at inference, with the BOS if there is one, followed by the last token of the previous sample, from
+    which its first target is predicted. BOS a b c d e f, limit 4: BOS a b c | BOS c d e | BOS e f
     """
     ids, head = sample.ids, int(sample.ids[0] == bos_id)
     pieces = [Sample(ids[:limit], sample.is_target[:limit], sample.record)]
@@ -84,12 +84,12 @@ def _shorten_prompt(
     samples: list[Sample], versions: list[list[Message]], conversation: Conversation,
     tokenizer: ChatTokenizer, limit: int, train_on: str,
 ) -> list[Sample] | None:  # fmt: skip
-    """Drop the oldest exchanges; if the last one alone is too long, the middle of its longest message."""
+    """Drop the oldest exchanges; if the last one alone is too long, cut the middle of its longest message."""
     if all(len(sample.ids) <= limit for sample in samples):
         return samples
     first_sample, messages = samples[0], versions[0]
     if len(samples) == 1 and messages and (turn := first_sample.turn) is not None:
-        # a sample of its own: the conversation up to it, with no other target
+        # the turn is a sample of its own: the conversation up to it, without other targets
         earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:turn]]
         versions = [[*earlier, messages[turn]]]
     shared = len(versions[0]) if len(versions) == 1 else conversation.answer_at
@@ -119,9 +119,9 @@ def _shorten_prompt(
 def _cut_longest(
     versions: list[list[Message]], shared: int, encode: Callable[[list[list[Message]]], list[Sample]], limit: int
 ) -> list[Sample] | None:
-    """Cut as little as need be out of the middle of the longest user or tool message, so that all samples fit.
+    """Cut as little as possible from the middle of the longest user or tool message, so that all samples fit.
 
-    That message is one of the `shared` first ones, which are the same in all versions.
+    The message is among the first `shared` ones, which are the same in all versions.
     """
     given = [at for at, message in enumerate(versions[0][:shared]) if message["role"] in ("user", "tool")]
     longest = max(given, key=lambda at: len(versions[0][at]["content"]))

@@ -1,4 +1,4 @@
-"""The values of a record: texts, JSON in texts, what tools and arguments may hold; a BadRecord says what is wrong."""
+"""Validate the values of a record: texts, JSON in texts, tools and their arguments; a BadRecord says what is wrong."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def check_value(value: Any, name: str, depth: int = 0) -> None:
         for inner in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
             check_value(inner, name, depth + 1)
     elif value != value or value in (math.inf, -math.inf) or not isinstance(value, (int, float, type(None))):
-        raise BadRecord(f"{name}: contains a value of type {type(value).__name__}, which JSON does not have")
+        raise BadRecord(f"{name}: contains a value of type {type(value).__name__}, which JSON cannot represent")
 
 
 def as_json(value: Any, name: str) -> Any:
-    """A value, parsed if it is a string: tables and older data sets store lists and objects as JSON strings."""
+    """A value, parsed if it is a string, since tables and older data sets store lists and objects as JSON strings."""
     if not isinstance(value, str):
         return value
     try:
@@ -56,7 +56,7 @@ def optional_text(fields: dict[str, Any], name: str) -> str:
 
 
 def number_of(fields: dict[str, Any], name: str, setting: str = "") -> float:
-    """A finite number, which tables store as a text; `setting` names the field."""
+    """A finite number, which tables may store as a text; `setting` is the setting that names the field."""
     value = fields.get(name)
     try:
         number = math.nan if value is None or isinstance(value, bool) else float(value)

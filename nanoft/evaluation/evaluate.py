@@ -1,11 +1,11 @@
 """Evaluation of one model: likelihood of held-out samples, and answers to held-out prompts.
 
-Perplexity is exp(sum NLL / sum target tokens) over the whole set: a mean of batch means would weigh a short batch like
-a long one. Bits per byte do not depend on the tokenizer. Exact match compares the generated answer with the reference,
-character by character. The stop rate, the share of answers that the model ended itself, shows what the loss hides.
+Perplexity is exp(sum NLL / sum target tokens) over the whole set: a mean of batch means would give short batches too
+much weight. Bits per byte do not depend on the tokenizer. Exact match compares the generated answer with the reference,
+character by character. The stop rate, the share of answers that the model ended itself, shows what the loss does not.
 
-A sample longer than the context is read through overlapping windows. Each token is counted once, in the window where
-it has the longest history: the first window counts all its tokens, each later one its last `stride`:
+A sample longer than the context is read in overlapping windows. Each token is counted once, in the window in which it
+has the longest history: the first window counts all its tokens, each later window its last `stride`:
 
     context 6, stride 2:   [. 1 2 3 4 5]
                                [. . . . 6 7]
@@ -47,7 +47,7 @@ PERPLEXITIES = {
     "overall_loss": "overall_perplexity",
     "general_loss": "general_perplexity",
 }
-Judge = Callable[[Sequence[Prompt], Sequence[str]], list[dict[str, float]]]  # what answers are worth, by name
+Judge = Callable[[Sequence[Prompt], Sequence[str]], list[dict[str, float]]]  # the rewards of answers, by name
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Completion:
     answer: str
     stopped: bool  # the model ended its turn
     tokens: int = 0  # of the answer
-    rewards: dict[str, float] = field(default_factory=dict)  # of a run that learns from them, by name
+    rewards: dict[str, float] = field(default_factory=dict)  # by name, in runs that learn from rewards
 
     @property
     def worth(self) -> str:
-        """The rewards for a reader."""
+        """The rewards as text."""
         said = ", ".join(f"{name.removeprefix('rewards/')} {value:.3g}" for name, value in self.rewards.items())
         return f" ({said})" if said else ""
 
@@ -74,7 +74,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Negative log-likelihood of each of n samples, summed over its target tokens and over its other tokens."""
+    """Negative log-likelihood of each of n samples, summed over its target tokens and its other tokens."""
 
     nats: Array  # (n, 2) float64
     tokens: Array  # (n, 2)
@@ -84,7 +84,7 @@ class Likelihoods:
         return Likelihoods(self.nats[which], self.tokens[which], self.text_bytes[which])
 
     def figures(self) -> dict[str, Figure]:
-        """Losses in nats per token, and bits per byte of the targets; without those that have no token."""
+        """Losses in nats per token, and bits per byte of the targets; figures without tokens are omitted."""
         columns = {
             "loss": (self.nats[:, 0], self.tokens[:, 0]),
             "prompt_loss": (self.nats[:, 1], self.tokens[:, 1]),
@@ -135,8 +135,8 @@ def likelihoods(
 ) -> Likelihoods:  # fmt: skip
     """NLL of every token of every sample except the first, which nothing predicts.
 
-    Samples longer than `context` are read through windows, of which each further one counts `stride` tokens, below
-    `context`; None: half of it.
+    Samples longer than `context` are read in windows; each window after the first counts `stride` < `context` tokens.
+    None: half of the context.
     """
     device, samples = model.device, TokenDataset.of(samples)
     nats, tokens = np.zeros((len(samples), 2)), np.zeros((len(samples), 2), np.int64)
@@ -168,7 +168,7 @@ def likelihoods(
 
 @torch.no_grad()
 def reward_figures(model: Decoder, pairs: TokenDataset, batch_size: int) -> dict[str, Figure]:
-    """How often the chosen answer of a pair has the higher reward, and by how much on average."""
+    """The share of pairs whose chosen answer has the higher reward, and the mean margin."""
     batches, found = list(eval_batches(pairs, batch_size, 0)), dict[int, float]()
     with evaluating(model), distributed.same_exception(model.device):
         for at in distributed.split_work(range(len(batches))):
@@ -200,7 +200,7 @@ def _text_bytes(chat: ChatTokenizer, sample: Sample) -> int:
 
 
 def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[Prompt]:
-    """The last turn of the first `limit` conversations that end in an answer rather than a tool call."""
+    """The last turn of the first `limit` conversations that end with an answer rather than a tool call."""
     good = [c for c in conversations if c.messages and (c.worse or c.label)]
     chats = [c for c in good if not c.messages[-1].get("tool_calls")][:limit]
     return [Prompt.of(c) for c in chats]
@@ -210,7 +210,7 @@ def answer_all(
     model: Decoder, chat: ChatTokenizer, prompts: Sequence[Prompt], batch_size: int, max_new: int,
     sampling: Sampling = GREEDY, seed: int = 0,
 ) -> list[Completion]:  # fmt: skip
-    """Answers to every prompt, in batches; the longest first, so that memory runs out at once or not at all."""
+    """Answers to every prompt, in batches; the longest prompts first, so that memory runs out at once or never."""
     generator = torch.Generator().manual_seed(seed)
     encoded = [chat.encode_prompt(prompt.messages, prompt.tools, prompt.template_args) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
@@ -225,7 +225,7 @@ def answer_all(
 
 
 def answer_figures(completions: Sequence[Completion], metrics: Sequence[Metric]) -> dict[str, Figure]:
-    """Exact match, stop rate, length of the answers, the requested metrics, and the reward where there is one."""
+    """Exact match, stop rate, length of the answers, the requested metrics, and the reward if there is one."""
     if not completions:
         return {}
     triples = [(c.answer, c.reference, c.prompt) for c in completions]
@@ -246,7 +246,7 @@ def measure(
 ) -> EvalResult:  # fmt: skip
     """The likelihood of samples, answers to prompts, their metrics and rewards, and the loss on a general text.
 
-    Of a reward model, what it says of pairs.
+    For a reward model: its accuracy and margin on pairs.
     """
     started = time.perf_counter()
     figures: dict[str, Figure] = {}

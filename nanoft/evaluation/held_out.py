@@ -1,4 +1,4 @@
-"""What eval.py evaluates on: a run's own validation split, or all of another file, and whether training has seen it."""
+"""The data of eval.py: a run's own validation split or a whole other file, and a check whether training has seen it."""
 
 from __future__ import annotations
 
@@ -45,22 +45,23 @@ class HeldOut:
 def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     """All of `--data FILE`, or the run's own validation split; checked before anything is loaded."""
     data = config.data
-    if file:  # read as the run reads its own data, without splitting or filtering it
+    if file:  # read like the run's own data, but without splitting or filtering
         kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "unrendered", "train_on", "chunk")
         settings: dict[str, Any] = {"label_field": "ignore", "control_tokens": data.control_tokens or "text"}
         settings |= {name: getattr(data, name) for name in (*kept, "truncation", "roles")}
         data = DataConfig(train_file=file, validation_split=0.0, deduplicate=False, **settings)
     if not data.train_file:
-        what = "not a run, and a model" if os.path.isdir(source) else "no such run, and a model on the Hub"
-        raise UserError(f"{source}: {what} has no validation data: give --data FILE")
+        what = "a model, not a run" if os.path.isdir(source) else "no such run"
+        raise UserError(f"{source}: {what}, so there is no validation data: give --data FILE")
     find_files(data.train_file, "--data" if file else "data.train_file")
     if not file:
         trained = load_config(Path(source) / "config.json", environment={})
-        format_function(config.data.format)  # a function must be named again
+        format_function(config.data.format)  # a function must be named on the command line again
         trained_on = dataclasses.replace(trained.data, format=trained.data.format.removeprefix(UNTRUSTED))
         if (trained_on, trained.system.seed) != (config.data, config.system.seed):
             raise UserError(
-                f"{source}: with another seed or data setting, training samples would be evaluated: use --data FILE"
+                f"{source}: another seed or data setting would change the split, so that training samples would be "
+                "evaluated: remove it, or give --data FILE"
             )
         _require_unchanged(config, source)
     return data
@@ -107,7 +108,7 @@ def read_held_out(
 def read_general(
     file: str | None, chat: ChatTokenizer, limit: int | None = None, option: str = "evaluation.general_file"
 ) -> list[Sample]:
-    """The texts of a file, which `option` names: a .txt file is one text; of records, their messages."""
+    """The texts of a file: a .txt file is one text; otherwise the messages of its records. `option` is for errors."""
     if not file:
         return []
     if Path(file).suffix == ".txt":
@@ -120,16 +121,16 @@ def read_general(
         texts = [record.full_text() for record in records if isinstance(record, Conversation)]
     samples = chat.encode_now([chat.text_sample(text, n) for n, text in enumerate(texts[:limit]) if text.strip()])
     if not any(sample.is_target.any() for sample in samples):
-        raise UserError(f"{option}: {file}: contains no text")
+        raise UserError(f"{option}: {file}: contains no text: choose another file")
     return samples
 
 
 def _leakage_of_file(
     source: str, corpus: PreparedDataset, samples: TokenDataset, chat: ChatTokenizer
 ) -> dict[str, Any]:
-    """How many prompts of a file are among those that the run was trained on."""
+    """The number of prompts of a file that are in the run's training data."""
     if not is_run(source):
-        return {"said": "not checked: the training data of the model is unknown: name the run"}
+        return {"said": "not checked, because the model's training data is unknown: name its run instead"}
     try:
         trained = load_config(Path(source) / "config.json", environment={})
         _require_unchanged(trained, source)
@@ -140,7 +141,7 @@ def _leakage_of_file(
         return {"said": f"not checked: {reason}"}
     prompts = list(corpus.prompts(samples))
     exact, near = filters.count_leaks(prompts, train_set.prompts(train_set.training), NEAR)
-    said = f"of {len(prompts):,} prompts, {exact:,} are in the training data word for word and {near:,} nearly so"
+    said = f"of {len(prompts):,} prompts, {exact:,} occur verbatim in the training data, and {near:,} nearly"
     return {"prompts": len(prompts), "exact": exact, "near": near, "said": said}
 
 

@@ -1,4 +1,4 @@
-"""What quantization costs: perplexity of base and adapter on the original weights, and on quantized ones."""
+"""The cost of quantization: perplexity of base and adapter on the original and on quantized weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nanoft.nf4 import quantize
 def compare_quantization(
     source: str, loaded: LoadedModel, perplexity: Callable[[], float | None]
 ) -> tuple[dict[str, Any], str]:
-    """Figures and a table, for the run's own quantization or else NF4, which the model keeps.
+    """Figures and a table for the run's own quantization, or else NF4; the model stays quantized.
 
-    `perplexity` evaluates `loaded.model` as it is at the moment.
+    `perplexity` evaluates `loaded.model` in its current state.
     """
     form = loaded.quantization or ("nf4", True)
     if not loaded.adapters:

@@ -1,8 +1,8 @@
-"""The evaluation report: is the model better, by how much, how sure is that, and what qualifies it?
+"""The evaluation report: is the model better, by how much, how certain is that, and under which conditions?
 
-The verdict is one sentence and never claims more than the intervals do: better or worse only where the whole 95 %
-interval lies on one side of zero change. Below it stand tables, breakdowns, what could inflate the figures (evaluation
-prompts in the training data), and what it takes to reproduce them.
+The verdict is one sentence and never claims more than the intervals do: better or worse only if the whole 95 % interval
+lies on one side of zero change. It is followed by tables, breakdowns, possible leakage (evaluation prompts in the
+training data), and everything needed to reproduce the figures.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from nanoft.metrics.bootstrap import Comparison, Figure, compare, interval
 from nanoft.perplexity import safe_exp
 
 STOP_RATE = 0.95  # a trained model below it probably learned not to stop
-FORGETTING = 0.05  # rise of the perplexity of a general text that is worth a warning
-LONGER = 1.5  # times the base's tokens per answer, where more answers do not stop, are worth a warning
+FORGETTING = 0.05  # warn from this relative rise of the perplexity of a general text
+LONGER = 1.5  # warn if answers are this many times longer than the base's, and fewer of them stop
 WORST = 10  # answers listed
 OUTCOMES = ("wins", "losses", "ties")  # of tuned against base, per prompt
 
@@ -38,7 +38,7 @@ class ReportInputs:
     tuned: EvalResult
     base: EvalResult | None = None
     primary: str = "exact_match"  # the metric that decides which answer wins
-    limit: int | None = None  # evaluation.max_new_tokens of a trained model, whose stop rate is then checked
+    limit: int | None = None  # evaluation.max_new_tokens, to check the stop rate of a trained model
     groups: dict[str, list[str]] = field(default_factory=dict)  # a field -> its value for each sample
     places: list[str] = field(default_factory=list)  # file:line of each sample
     leakage: dict[str, Any] = field(default_factory=dict)
@@ -80,10 +80,10 @@ def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
 
 
 def verdict(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
-    """One sentence: better, worse, both, or no clear difference; with the intervals of what changed."""
+    """One sentence: better, worse, both, or no clear difference; with the intervals of the figures that changed."""
     if inputs.base is None:
         return "none: the base was not evaluated"
-    likelihood = "pair_accuracy" if "pair_accuracy" in compared else "loss"  # preferences may make both answers rarer
+    likelihood = "pair_accuracy" if "pair_accuracy" in compared else "loss"  # both answers may become less likely
     decisive = [name for name in dict.fromkeys((likelihood, inputs.primary)) if name in compared]
     if not decisive:
         return "none: there is no validation data"
@@ -96,9 +96,9 @@ def verdict(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
 
 
 def _direction(figure: Figure, c: Comparison) -> int:
-    """1: the whole interval is an improvement; -1: a deterioration; 0: it contains zero, or neither loss is finite."""
+    """1: the whole interval is an improvement; -1: a deterioration; 0: it contains zero, or no loss is finite."""
     finite = [math.isfinite(one.value) for one in (c.base, c.tuned)]
-    if not all(finite):  # a loss that is not finite is worse than any that is
+    if not all(finite):  # a loss that is not finite is worse than any finite one
         return finite[1] - finite[0]
     sign = -1 if figure.unit == "nats" else 1
     return sign * ((c.change.low > 0) - (c.change.high < 0))
@@ -112,7 +112,7 @@ def _describe(name: str, c: Comparison, figure: Figure) -> str:
 
 
 def warnings(inputs: ReportInputs, compared: dict[str, Comparison]) -> list[str]:
-    """What a reader should know before relying on the verdict."""
+    """Warnings to read before relying on the verdict."""
     found, figures = [], inputs.tuned.figures
     if inputs.limit and "stop_rate" in figures and figures["stop_rate"].value < STOP_RATE:
         found.append(
@@ -121,12 +121,13 @@ def warnings(inputs: ReportInputs, compared: dict[str, Comparison]) -> list[str]
         )
     if "general_loss" in compared and (rise := _relative(compared["general_loss"].change.value)) > FORGETTING:
         found.append(
-            f"perplexity of the general text rises by {rise:.1%}: the model forgets: "
+            f"the model forgets: perplexity of the general text rises by {rise:.1%}: "
             "lower training.learning_rate or lora.rank, or mix in general data"
         )
     c = compared.get("response_tokens")
     if c and c.tuned.value > LONGER * c.base.value and compared["stop_rate"].change.value < 0:
-        found.append(f"answers have {c.tuned.value:.3g} tokens, not {c.base.value:.3g}, and fewer of them stop")
+        change = f"from {c.base.value:.3g} to {c.tuned.value:.3g} tokens"
+        found.append(f"answers have grown {change}, and fewer of them stop")
     if inputs.leakage.get("exact") or inputs.leakage.get("near"):
         found.append(inputs.leakage["said"])
     return found + [f"{label(name)} is not finite" for name, f in figures.items() if not math.isfinite(f.value)]
@@ -140,7 +141,7 @@ def label(name: str) -> str:
 
 
 def comparison(inputs: ReportInputs, compared: dict[str, Comparison]) -> str:
-    """Base and tuned as a table, with a dash for what was not measured."""
+    """Base and tuned as a table, with a dash for figures that were not measured."""
     rows = []
     for name, figure in inputs.tuned.figures.items():
         if inputs.base is None:
@@ -224,7 +225,7 @@ def _breakdown(inputs: ReportInputs, title: str, heading: str, groups: Groups) -
 
 
 def hardest(inputs: ReportInputs) -> Groups:
-    """The samples with the highest perplexity of the tuned model, by place: often their reference is wrong."""
+    """The samples with the highest perplexity under the tuned model, by place: their reference is often wrong."""
     if "loss" not in inputs.tuned.figures or not inputs.places:
         return {}
     order = np.argsort(-np.nan_to_num(inputs.tuned.figures["loss"].each()), kind="stable")[:WORST]
@@ -244,14 +245,14 @@ def outcomes(inputs: ReportInputs) -> list[str]:
 
 
 def win_rate(outcome: Sequence[str], seed: int) -> dict[str, Any]:
-    """The share of prompts that the tuned model wins, ties counting half, with its interval."""
+    """The share of prompts on which the tuned model wins, with its interval; ties count half."""
     i = interval(Figure.mean([{"wins": 1.0, "ties": 0.5, "losses": 0.0}[word] for word in outcome]), seed)
     said = f"win rate {i.value:.1%} (95 % interval {i.low:.1%} to {i.high:.1%}; ties count half)"
     return {**dataclasses.asdict(i), "said": said}
 
 
 def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
-    """The `answers` object of report.json: every prompt with its answers, the worst ones, who won."""
+    """The `answers` object of report.json: every prompt with its answers and outcome, and the worst ones."""
     if not inputs.tuned.completions:
         return {}
     each: list[dict[str, Any]] = [
@@ -294,12 +295,12 @@ def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
     said = f"{shared:,} training records have" if shared else "no training record has"
     said += " the prompt of a validation record"
     if data["leaks"] == "ignore":
-        said = "equal prompts were not searched for (data.leaks=ignore)"
+        said = "equal prompts were not checked (data.leaks=ignore)"
     said += f" ({removed:,} such training records were removed)" if removed else ""
     if near == "ignore":
         said += "; near duplicates were not checked (data.near_leaks=ignore)"
     elif kept:
-        said += f"; {kept:,} training records nearly repeat a validation prompt (data.near_leaks=remove removes them)"
+        said += f"; {kept:,} training prompts nearly equal a validation prompt (data.near_leaks=remove removes them)"
     else:
         said += "; no near duplicates were found"
     return {"exact": shared, "near": kept, "removed": removed, "said": said}
@@ -312,7 +313,7 @@ def cost(inputs: ReportInputs) -> dict[str, float]:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Settings that are not the default, except names and files."""
+    """Settings that differ from the defaults, except names and files."""
     plain, apart = Config().flat(), ("evaluation.", "logging.", "output.")
     changed = {name: value for name, value in config.flat().items() if value != plain[name]}
     return {k: v for k, v in changed.items() if not k.startswith(apart) and not k.endswith(("name", "file"))}

@@ -1,13 +1,13 @@
 """Export a model, or an adapter, as a GGUF file for llama.cpp and Ollama.
 
 A GGUF file is a list of metadata and a list of tensors. The metadata must be complete, because llama.cpp silently uses
-a default for what is missing. The tensors are those of the Hugging Face files under other names, but some graphs of
+a default for a missing entry. The tensors are those of the Hugging Face files under other names, but some graphs of
 llama.cpp (nanoft/export/gguf_graphs.py), such as that of Llama and Mistral, rotate neighbors (x0, x1), (x2, x3), ...
 where Hugging Face rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ... So the rows of q and k, and their biases, are permuted.
 
-Beside the file stand a Modelfile for Ollama and prompts with expected answers. Ollama does not read the chat template
-in a GGUF file; it has a template language of its own (Go's). A template that only puts fixed texts around messages is
-translated; for any other, the Modelfile says that prompts must be sent raw.
+A Modelfile for Ollama and prompts with expected answers are written next to the file. Ollama does not read the chat
+template in a GGUF file but has its own template language (Go's). A template that only puts fixed texts around messages
+is translated; for any other, the Modelfile says that prompts must be sent raw.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ WRITTEN = (*EXPORT_DTYPES, "q8_0", "q5_0", "q4_0")  # by the gguf package
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: LLAMA_FTYPE_MOSTLY_... of include/llama.h
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
 BLOCK, K_BLOCK = 32, 256  # values per block: Q8_0, Q5_0, Q4_0; K-quants
-MEASURED, LONGEST = 1024, 512  # tokens for the perplexity, at least if there are as many; of one sample
+MEASURED, LONGEST = 1024, 512  # tokens for the perplexity, if there are as many; most tokens of one sample
 Entry = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]  # name, shape, format (F32, Q8_0, ...), float32 values
-# Largest difference of a quantized model's logits, as a share of their standard deviation. A wrong order of rows moves
-# them by several standard deviations; four bits alone may move them by one.
+# Largest difference of a quantized model's logits, as a share of their standard deviation. A wrong order of rows
+# changes them by several standard deviations; quantization to four bits may change them by one.
 QUANTIZED_TOLERANCE = {"q8_0": 0.5}
 
 
 def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: Onto, out: Path) -> list[str]:
-    """Write a model, with its adapter merged, as one new GGUF file in one of GGUF_DTYPES; return notes for the user."""
+    """Write a model, with its adapter merged, as a new GGUF file in one of GGUF_DTYPES; return notes for the user."""
     if dtype in K_QUANTS:
         return _write_k_quants(opened, chat, name, dtype, onto, out)
     config = opened.model.config
@@ -99,7 +99,7 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
 def _write_k_quants(
     opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, onto: Onto, out: Path
 ) -> list[str]:
-    """Write float16 first, which llama.cpp's quantizer converts, without its output about each tensor."""
+    """Write float16 first, which llama.cpp's quantizer then converts, without its output for each tensor."""
     try:
         llama_cpp: Any = importlib.import_module("llama_cpp")
     except ImportError:
@@ -114,20 +114,20 @@ def _write_k_quants(
     settings.ftype, settings.nthread = K_QUANTS[dtype], torch.get_num_threads()
     if llama_cpp.llama_model_quantize(str(unquantized).encode(), str(out).encode(), settings) != 0:
         raise UserError(
-            f"--out: {out.name}: llama.cpp's quantizer failed: check that the disk is not full, or use --dtype q8_0"
+            f"--out: {out.name}: llama.cpp's quantizer failed: check the free disk space, or use --dtype q8_0"
         )
     with open(out, "rb") as file:
         os.fsync(file.fileno())
     unquantized.unlink()
     if any(size % K_BLOCK for size in (opened.model.config.hidden_size, opened.model.config.intermediate_size)):
-        notes.append(f"tensors whose rows are not multiples of {K_BLOCK} have a format with smaller blocks")
+        notes.append(f"tensors whose rows are not multiples of {K_BLOCK} use a format with smaller blocks")
     return notes
 
 
 def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> None:
-    """Write the adapter alone, which llama.cpp adds to a GGUF file of its base: y = W x + (alpha / r) B A x.
+    """Write only the adapter, which llama.cpp adds to a GGUF file of its base: y = W x + (alpha / r) B A x.
 
-    A file has one alpha: rsLoRA's scaling s becomes alpha = s r; where it differs between linears, B is rescaled.
+    A file has one alpha: rsLoRA's scaling s becomes alpha = s r; if it differs between linears, B is rescaled.
     """
     adapters = only_linears(opened.adapters, "--format gguf-lora: llama.cpp", "use --format gguf")
     for place, adapter in adapters.items():
@@ -228,7 +228,7 @@ def _add_tokenizer(writer: Any, chat: ChatTokenizer, vocabulary: Vocabulary) -> 
 
 
 def tensor_names(config: DecoderConfig) -> Callable[[str], list[str]]:
-    """A function from the decoder's tensor names to GGUF's: two if the graph has a tensor for each half of the rows."""
+    """A function from the decoder's tensor names to GGUF's: two if the graph has one tensor per half of the rows."""
     gguf = _import_gguf()
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     known = gguf.get_tensor_name_map(numbers[architecture(config)], config.num_layers)
@@ -244,10 +244,10 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], list[str]]:
 
 
 def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
-    """A tensor of Hugging Face files, (heads * head_dim, ...), with this name there, as llama.cpp computes; or back.
+    """Convert a tensor of Hugging Face files, (heads * head_dim, ...), to llama.cpp's convention, or back.
 
-    Weights of norms include their offset. The rows of q and k, within each head, go from (first half, second half) to
-    pairs of neighbors where the graph rotates these. Interleaved q, k, v go to all q, all k, all v.
+    Weights of norms include their offset. Within each head, the rows of q and k change from (first half, second half)
+    to pairs of neighbors if the graph rotates these. Interleaved q, k, v become all q, all k, all v.
     """
     if config.qkv == "interleaved" and ".qkv_proj." in name:
         sizes = (3, config.num_heads) if back else (config.num_heads, 3)
@@ -267,7 +267,7 @@ def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: Decode
         return "F32"
     if dtype not in EXPORT_DTYPES and shape[-1] % BLOCK:
         return "F16"
-    is_head = name == ("token_embd.weight" if config.tied else "output.weight")  # its errors go straight into logits
+    is_head = name == ("token_embd.weight" if config.tied else "output.weight")  # its errors affect logits directly
     return "Q8_0" if is_head and dtype not in EXPORT_DTYPES else dtype.upper()
 
 
@@ -282,7 +282,7 @@ def _encode(gguf: Any, name: str, tensor: Tensor, form: str) -> Any:
 
 
 class GGUFWeights(Rows):
-    """Reads the weights of an exported file back: as in Hugging Face files, in float32."""
+    """Reads the weights of an exported file back, in the form of Hugging Face files and in float32."""
 
     def __init__(self, path: Path, config: DecoderConfig):
         self.config, self.gguf, self.multiple = config, _import_gguf(), config.head_dim  # heads are permuted whole
@@ -295,7 +295,7 @@ class GGUFWeights(Rows):
 
     def read(self, name: str, rows: slice) -> Tensor:
         found, start = [], 0
-        for tensor in self.tensors[name]:  # below each other
+        for tensor in self.tensors[name]:  # stacked by rows
             data = tensor.data[max(0, rows.start - start) : max(0, rows.stop - start)]
             found += [self.gguf.quants.dequantize(data, tensor.tensor_type)] if len(data) else []
             start += len(tensor.data)
@@ -312,21 +312,21 @@ def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], d
 def perplexity_in_llama_cpp(opened: LoadedModel, path: Path, samples: Sequence[Sample]) -> tuple[str, dict[str, Any]]:
     """The perplexity of the file by llama.cpp, and of base + adapter in float32, on the same held-out target tokens.
 
-    Returns a line to print, which says why if there is none; and the figures.
+    Returns a line to print, which gives the reason if nothing was measured; and the figures.
     """
     before = np.cumsum([0, *(min(len(sample.ids), LONGEST) for sample in samples)])
     used = [sample for sample, tokens in zip(samples, before, strict=False) if tokens < MEASURED]
     sequences = [sample.ids[-LONGEST:].tolist() for sample in used]
     targets = verify.next_tokens(sequences, [sample.is_target[-LONGEST:].tolist() for sample in used])
     if not (count := int((targets >= 0).sum())):
-        return "perplexity in llama.cpp: not measured: there is no run with held-out samples", {}
+        return "perplexity in llama.cpp: not measured: it needs a run with held-out samples", {}
     try:
         llama_cpp: Any = importlib.import_module("llama_cpp")
         llama = llama_cpp.Llama(str(path), n_ctx=LONGEST, logits_all=True, verbose=False)
     except ImportError:
         return "perplexity in llama.cpp: not measured: pip install llama-cpp-python", {}
-    except (OSError, RuntimeError, ValueError) as error:  # its library is broken, or older than the architecture
-        return f"warning: llama.cpp {llama_cpp.__version__} does not load the file: {error}", {}
+    except (OSError, RuntimeError, ValueError) as error:  # the library is broken, or too old for the architecture
+        return f"warning: llama.cpp {llama_cpp.__version__} cannot load the file: {error}", {}
     nats = 0.0
     for ids, following in zip(sequences, targets.split([len(ids) for ids in sequences]), strict=True):
         llama.reset()
@@ -351,7 +351,7 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
     with atomic_gguf(out, f"{kind}-{dtype}.gguf") as path:
         opened = _open(args)
         if opened.model.config.has_score:
-            raise UserError(f"--format {args.format}: {source} is a reward model, for --format hf or peft: use one")
+            raise UserError(f"--format {args.format}: {source} is a reward model: use --format hf or --format peft")
         chat = open_chat_tokenizer(source, opened, as_trained=True)
         samples, prompts = verify.held_out(source, chat)
         if kind == "model":
@@ -359,7 +359,7 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
             proof = verify_gguf(opened, path, verify.proof_prompts(chat, samples), dtype)
             said = f"read back and compared: {proof}"
             if not proof.holds:
-                raise UserError(f"{out}: {said}: try --dtype f32; nothing was kept")
+                raise UserError(f"{out}: {said}: nothing was kept: try --dtype f32")
             measured, facts = perplexity_in_llama_cpp(opened, path, samples)
             recipe, notes = modelfile(path.name, chat), [measured, *(f"note: {note}" for note in notes)]
         else:
@@ -377,7 +377,7 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
 
 
 def _open(args: argparse.Namespace) -> LoadedModel:
-    """The adapter on its base, or a model without one; its weights stay on the disk unless it is a checkpoint."""
+    """The adapter on its base, or a model without one; the weights stay on disk unless it is a checkpoint."""
     source = args.sources[0]
     if find_adapter(source) is None and not merge.is_lora_run(source):
         given = {"--only": args.only, "--weights": args.weights, "--base": args.base != "original"}
@@ -396,9 +396,9 @@ def _open(args: argparse.Namespace) -> LoadedModel:
 
 @contextmanager
 def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
-    """Yield where to write a GGUF file: it and its companions get their names together at the end, or are deleted.
+    """Yield a path for a GGUF file; it and its companions are renamed together at the end, or deleted.
 
-    `out` is FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be; or a directory for the file `name`.
+    `out` is FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be, or a directory for the file `name`.
     """
     if out.suffix != ".gguf":
         with new_directory(out) as staging:
@@ -423,7 +423,7 @@ def companions(path: Path, out: Path) -> list[Path]:
 
 
 def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> str:
-    """A Modelfile for Ollama: weights, stop strings, chat template; adapter_of: the base's name of an adapter file."""
+    """A Modelfile for Ollama: weights, stop strings, chat template; adapter_of: the base of an adapter file."""
     lines = ["# ollama create NAME -f THIS_FILE"]
     if adapter_of is None:
         lines.append(f"FROM ./{file}")

@@ -1,7 +1,7 @@
-"""What llama.cpp computes for each of its architectures, and the metadata that describes a model to it.
+"""The graphs of llama.cpp's architectures, and the metadata that describes a model to them.
 
-A graph of llama.cpp is compiled code with a few parameters. What a model needs beyond them is refused here: the file
-would load, and llama.cpp would compute something else.
+A graph of llama.cpp is compiled code with a few parameters. A model that needs anything else is refused here: its file
+would load, but llama.cpp would compute something different.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from nanoft import UserError
 from nanoft.model import DecoderConfig
 from nanoft.models.families import FAMILIES, standard_fields
 
-Rule = tuple[str, Callable[[DecoderConfig], bool]]  # what llama.cpp requires, as the message says it; whether it holds
+Rule = tuple[str, Callable[[DecoderConfig], bool]]  # the message about a requirement of llama.cpp; whether it holds
 
 
 def _period(c: DecoderConfig) -> int | None:
-    """n > 1 if every n-th layer sees everything and the others one window; None if it is otherwise."""
+    """n > 1 if every n-th layer attends to everything and the others share one window; otherwise None."""
     n, window = c.windows.index(None) + 1 if None in c.windows else 1, c.windows[0]
     expected = tuple(window if layer % n else None for layer in range(1, c.num_layers + 1))
     return n if n > 1 and c.windows == expected else None
 
 
 def _turns(p: Mapping[str, Any]) -> tuple[float, float, bool]:
-    """Where YaRN blends, and whether there it rounds to whole dimensions."""
+    """Where YaRN blends, and whether the limits are rounded to whole dimensions."""
     return p.get("beta_fast") or 32, p.get("beta_slow") or 1, bool(p.get("truncate", True))
 
 
 def _gemma_scale(largest: int) -> Rule:
-    """1 / sqrt(head_dim), but of the model with this many layers 1 / sqrt(hidden_size / num_heads)."""
+    """1 / sqrt(head_dim), but 1 / sqrt(hidden_size / num_heads) for the model with `largest` layers."""
 
     def holds(c: DecoderConfig) -> bool:
         size = c.hidden_size // c.num_heads if c.num_layers == largest else c.head_dim
@@ -48,25 +48,25 @@ SQUARE: Rule = (
     lambda c: c.num_heads * c.head_dim == c.hidden_size,
 )
 NO_BIASES: Rule = ("attention_bias: {} has no biases", lambda c: not (c.qkv_bias or c.o_bias))
-QKV_BIASES: Rule = ("attention_out_bias, mlp_bias: {} has none", lambda c: not (c.o_bias or c.mlp_bias))
-TIED: Rule = ("tie_word_embeddings: {} has no head of its own", lambda c: c.tied)
-UNTIED: Rule = ("tie_word_embeddings: {} needs a head of its own", lambda c: not c.tied)
+QKV_BIASES: Rule = ("attention_out_bias, mlp_bias: {} has no such biases", lambda c: not (c.o_bias or c.mlp_bias))
+TIED: Rule = ("tie_word_embeddings: {} has no separate head", lambda c: c.tied)
+UNTIED: Rule = ("tie_word_embeddings: {} needs a separate head", lambda c: not c.tied)
 CAPS: Rule = ("attn_logit_softcapping: {} always has both caps", lambda c: bool(c.attention_cap and c.logit_cap))
 NO_CAPS: Rule = ("attn_logit_softcapping: {} has no caps", lambda c: not (c.attention_cap or c.logit_cap))
 PERIODIC: Rule = (
-    "layer_types: {} can have every n-th layer full, and one window in the others",
+    "layer_types: {} supports only full attention in every n-th layer and one window in the others",
     lambda c: set(c.windows) == {None} or _period(c) is not None,
 )
-WINDOWS: Rule = ("sliding_window: {} requires layers with one", lambda c: set(c.windows) != {None})
+WINDOWS: Rule = ("sliding_window: {} requires layers with a window", lambda c: set(c.windows) != {None})
 OF_32B: Rule = (
-    "sliding_window: {} has 4096 in three of four layers if there are 64, otherwise none",
+    "sliding_window: {} has a window of 4096 in three of four layers if there are 64, otherwise none",
     lambda c: c.windows == ((4096,) * 3 + (None,)) * 16 if c.num_layers == 64 else set(c.windows) == {None},
 )
 LOCAL_ROPE: Rule = (
     "rope_parameters: {} does not scale positions in layers with a window",
     lambda c: all(rope and rope.kind == "default" for rope, w in zip(c.ropes, c.windows, strict=True) if w),
 )
-ONE_THETA: Rule = ("rope_theta: {} has one for all layers", lambda c: len({r.theta for r in c.ropes if r}) == 1)
+ONE_THETA: Rule = ("rope_theta: {} has one value for all layers", lambda c: len({r.theta for r in c.ropes if r}) == 1)
 ALL_ROTATE: Rule = ("no_rope_layers: {} rotates in all layers", lambda c: None not in c.ropes)
 ALL_OR_NONE: Rule = ("no_rope_layers: {} rotates in all layers or in none", lambda c: len({*map(bool, c.ropes)}) == 1)
 FOURTH_NOT: Rule = (
@@ -75,9 +75,9 @@ FOURTH_NOT: Rule = (
 )
 WHOLE_HEAD: Rule = ("partial_rotary_factor: {} rotates whole heads", lambda c: c.rope.share == 1)
 NO_GROWTH: Rule = ("llama_4_scaling_beta: {} does not scale queries", lambda c: not c.rope.query_growth)
-# llama.cpp has other spellings of YaRN, too, but not in all architectures.
+# llama.cpp also has other variants of YaRN, but not in all architectures.
 YARN: Rule = (
-    "rope type yarn: {} has only beta_fast 32, beta_slow 1, truncate",
+    "rope type yarn: {} supports only beta_fast 32, beta_slow 1 and truncate",
     lambda c: c.rope.kind != "yarn" or _turns(c.rope.parameters) == (32, 1, True),
 )
 ALL_BIASES: Rule = ("attention_bias: {} has biases", lambda c: c.qkv_bias)
@@ -92,8 +92,8 @@ class Graph:
     requires: tuple[Rule, ...] = USUAL
     ropes: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")  # types; dynamic is default within the context
     pairs: bool = False  # it rotates neighbors (x0, x1), (x2, x3), ... instead of (x0, x_{d/2}), ...
-    windows: bool = False  # it has layers with a window; if not, the context is limited to the window
-    fused: bool = False  # gate and up are one tensor, if they are in the model
+    windows: bool = False  # it supports layers with a window; if not, the context is limited to the window
+    fused: bool = False  # gate and up are one tensor if they are one in the model
     scales: Mapping[str, Callable[[DecoderConfig], Any]] = field(default_factory=dict)  # metadata of its own
 
 
@@ -108,6 +108,7 @@ SOFT_CAPS: dict[str, Callable[[DecoderConfig], Any]] = {
     "attn_logit_softcapping": lambda c: c.attention_cap,
     "final_logit_softcapping": lambda c: c.logit_cap,
 }
+FINAL_CAP: dict[str, Callable[[DecoderConfig], Any]] = {"final_logit_softcapping": lambda c: c.logit_cap or 0.0}
 GROWTH: dict[str, Callable[[DecoderConfig], Any]] = {"attention.temperature_scale": lambda c: c.rope.query_growth}
 GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "llama": Graph(ropes=WITH_LLAMA3, pairs=True),
@@ -115,12 +116,7 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "qwen3": Graph((*USUAL, NO_BIASES)),
     "gemma2": Graph((*GEMMA, CAPS, _gemma_scale(46)), windows=True, scales=SOFT_CAPS),
     "gemma3": Graph((*GEMMA, NO_CAPS, LOCAL_ROPE, _gemma_scale(62)), ("default", "linear"), windows=True),
-    "gemma4": Graph(
-        (ALL_ROTATE, WHOLE_HEAD, NO_BIASES, TIED, LOCAL_ROPE, WINDOWS),
-        ("default", "proportional"),
-        windows=True,
-        scales={"final_logit_softcapping": lambda c: c.logit_cap or 0.0},
-    ),
+    "gemma4": Graph((*GEMMA, LOCAL_ROPE), ("default", "proportional"), windows=True, scales=FINAL_CAP),
     "phi3": Graph((ALL_ROTATE, NO_GROWTH, SQUARE), ("default", "longrope"), fused=True),
     "olmo2": Graph((*USUAL, NO_BIASES, UNTIED, SQUARE, PERIODIC, LOCAL_ROPE, ONE_THETA), windows=True),
     "exaone4": Graph((WHOLE_HEAD, NO_GROWTH, YARN, OF_32B), WITH_LLAMA3, windows=True),
@@ -134,7 +130,7 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
 
 
 def architecture(config: DecoderConfig) -> str:
-    """llama.cpp's name of the architecture; a UserError if it does not have the family or something the model uses."""
+    """llama.cpp's name of the architecture; a UserError if it lacks the family or a feature that the model uses."""
     name, missing = FAMILIES[config.family].gguf, f"llama.cpp has no architecture for {config.family}"
     if name is not None:
         graph, whose = GRAPHS[name], f"llama.cpp's {name}"
@@ -151,12 +147,11 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     """Add the metadata of the model, without its tokenizer; return notes."""
     writer.add_block_count(c.num_layers)
     writer.add_embedding_length(c.hidden_size)
-    full = c.of_layer(c.num_layers - 1)
     writer.add_feed_forward_length(_of_layers(c, "intermediate_size"))
     writer.add_head_count(c.num_heads)
     writer.add_head_count_kv(_of_layers(c, "num_kv_heads"))
-    writer.add_key_length(full.head_dim)
-    writer.add_value_length(full.head_dim)
+    writer.add_key_length(c.by_layer[-1].head_dim)
+    writer.add_value_length(c.by_layer[-1].head_dim)
     (writer.add_layer_norm_eps if c.norm == "layer" else writer.add_layer_norm_rms_eps)(c.norm_eps)
     writer.add_vocab_size(c.vocab_size)
     graph = GRAPHS[writer.arch]
@@ -165,9 +160,8 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     if writer.arch == "gptneox":
         writer.add_parallel_residual(c.parallel)
     if writer.arch == "gemma4":
-        writer.add_key_length_swa(c.head_dim)
-        writer.add_value_length_swa(c.head_dim)
-        writer.add_rope_dimension_count_swa(c.head_dim)
+        for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
+            add(c.head_dim)
         writer.add_shared_kv_layers(sum("source" in own for own in c.layers))
         writer.add_embedding_length_per_layer_input(c.per_layer_size)
     notes = _add_rope(writer, c) if c.distinct_ropes else []
@@ -185,7 +179,7 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
         length = min(windows)
         notes.append(
             f"llama.cpp has no sliding window for this architecture: the file limits the context to {length} tokens, "
-            "within which the window has no effect"
+            "so that the window has no effect"
         )
     if not graph.windows and len(set(c.windows)) == 1 and windows:
         writer.add_sliding_window(windows[0])
@@ -195,12 +189,12 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
 
 def _of_layers(c: DecoderConfig, name: str) -> Any:
     """A size, if all layers have the same; else that of each."""
-    sizes = [getattr(c.of_layer(layer), name) for layer in range(c.num_layers)]
+    sizes = [getattr(layer, name) for layer in c.by_layer]
     return sizes if len({*sizes}) > 1 else sizes[0]
 
 
 def _add_rope(writer: Any, c: DecoderConfig) -> list[str]:
-    """Add how positions turn, besides what `rope_tensors` says; return notes."""
+    """Add the metadata of the rope, except for `rope_tensors`; return notes."""
     rope = c.rope
     writer.add_rope_dimension_count(int((rope.head_dim or c.head_dim) * rope.share))
     writer.add_rope_freq_base(rope.theta)
@@ -210,16 +204,16 @@ def _add_rope(writer: Any, c: DecoderConfig) -> list[str]:
     if rope.kind in ("yarn", "longrope") or rope.query_growth:
         writer.add_rope_scaling_orig_ctx_len(int(rope.parameters["original_max_position_embeddings"]))
     if rope.kind in ("yarn", "longrope"):
-        factor = rope.angles(c.head_dim)[1]  # llama.cpp's yarn has one of its own besides
+        factor = rope.angles(c.head_dim)[1]  # llama.cpp's yarn also multiplies by its own factor
         own = 0.1 * math.log(rope.parameters["factor"]) + 1.0 if rope.kind == "yarn" else 1.0
         writer.add_rope_scaling_attn_factors(factor / own)
     if rope.kind != "longrope":
         return []
-    return [f"rope type longrope: llama.cpp takes the long factors if its context (-c) exceeds {rope.context} tokens"]
+    return [f"rope type longrope: llama.cpp uses the long factors if its context (-c) exceeds {rope.context} tokens"]
 
 
 def rope_tensors(c: DecoderConfig) -> dict[str, Tensor]:
-    """The divisors of the angular frequencies, by GGUF's names, where they are not computed: (rotated / 2,) each."""
+    """The divisors of the angular frequencies by GGUF's names, if llama.cpp does not compute them: (rotated / 2,)."""
     rope = c.rope
     if rope.kind == "longrope":
         return {f"rope_factors_{n}.weight": torch.tensor(rope.parameters[f"{n}_factor"]) for n in ("long", "short")}

@@ -1,15 +1,15 @@
-"""A Hugging Face tokenizer in GGUF's form.
+"""Convert a Hugging Face tokenizer to GGUF.
 
-llama.cpp does not read tokenizer.json; it has its own tokenizers and takes their data from the GGUF file. Two kinds
+llama.cpp does not read tokenizer.json; it has its own tokenizers and reads their data from the GGUF file. Two kinds
 cover the models here:
 
-    gpt2    byte-level BPE (GPT-2, Llama 3, Qwen): tokens and merges. How a text is split into words before merging is
-            not data but a name, `pre`, of a rule that is compiled into llama.cpp.
+    gpt2    byte-level BPE (GPT-2, Llama 3, Qwen): tokens and merges. The rule that splits a text into words before
+            merging is compiled into llama.cpp; the file only has its name, `pre`.
     llama   SentencePiece BPE (Llama 2, Mistral): tokens and scores. The two neighbors that form the token with the
             highest score are merged first; characters without a token are spelled in bytes.
 
-A wrong name gives a file that answers from ids that the model never saw. So the name is derived from what
-tokenizer.json does, step by step, and a tokenizer without a matching rule is refused.
+With a wrong name, the model would receive ids that it has never seen. So the name is derived from the steps in
+tokenizer.json, and a tokenizer without a matching rule is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer, TemplateRefusal
 # Token types, `tokenizer.ggml.token_type` of the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # SentencePiece's
-# How a text is split into words, from the models' own tokenizer.json; llama.cpp's names are in src/llama-vocab.cpp.
+# Rules that split a text into words, from the models' tokenizer.json; llama.cpp's names are in src/llama-vocab.cpp.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -37,7 +37,7 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The rule of o200k: as TEKKEN, but a word takes its contraction, and up to three digits are one.
+# The rule of o200k: like TEKKEN, but a word includes its contraction, and up to three digits form one word.
 GPT4O = TEKKEN.replace("|[^\\r", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\\r").replace(
     r"|\p{N}|", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|"
 )
@@ -57,7 +57,7 @@ PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {
 }
 
 
-# Of models that are named so, llama.cpp lets each control token but these swallow the spaces behind it.
+# In models with this name, llama.cpp strips the spaces after each control token except these.
 PHI3, PHI3_KEEPS = "phi-3", {"<unk>", "<s>", "<|endoftext|>"}
 
 
@@ -69,15 +69,15 @@ class Vocabulary:
     pre: str
     tokens: list[str]
     types: list[int]
-    merges: list[str]  # of gpt2, "left right"
-    scores: list[float]  # of llama
+    merges: list[str]  # for gpt2: "left right"
+    scores: list[float]  # for llama
     space_prefix: bool  # whether a space is added before a text and after each control token
     notes: list[str]  # known differences in llama.cpp
-    named: str = ""  # what the model's name must contain
+    named: str = ""  # text that the model's name must contain
 
 
 def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
-    """What llama.cpp needs to produce the same ids; ids below vocab_size without a token become unused tokens."""
+    """The data with which llama.cpp produces the same ids; ids below vocab_size without a token become unused."""
     tokenizer = json.loads(chat.tokenizer.to_str())
     model, added = tokenizer["model"], {token["id"]: token for token in tokenizer["added_tokens"]}
     control = {token["content"] for token in added.values()}
@@ -91,7 +91,8 @@ def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     texts = {number: token for token, number in chat.tokenizer.get_vocab(with_added_tokens=True).items()}
     if max(texts) >= vocab_size:
-        raise UserError(f"tokenizer.json: the id {max(texts)} is beyond the model's {vocab_size} embeddings")
+        fix = "use the tokenizer of this model"
+        raise UserError(f"tokenizer.json: the id {max(texts)} is beyond the model's {vocab_size} embeddings: {fix}")
     tokens = [texts.get(number, f"[PAD{number}]") for number in range(vocab_size)]
     types = [_kind(number, texts, added, model) for number in range(vocab_size)]
     if model["byte_fallback"]:  # llama.cpp searches added tokens in the raw text, with plain spaces
@@ -99,11 +100,11 @@ def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
     if len(set(tokens)) < vocab_size:
         _refuse("two tokens have the same text")
     if model["byte_fallback"]:
-        # What BPE merges first must score highest: minus the index of the first merge that forms the token.
+        # The pairs that BPE merges first must score highest: minus the index of the first merge that forms the token.
         scores = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(merges)))}
         found = [scores.get(token, -1e9) for token in tokens]  # -1e9: no merge forms it
         named, prefix = PHI3 if is_phi3 else "", _space_prefix(tokenizer, chat)
-        notes = [f"keep {PHI3} in the model's name: llama.cpp goes by it to strip spaces behind tokens"] * is_phi3
+        notes = [f"keep {PHI3} in the model's name, by which llama.cpp decides to strip spaces after tokens"] * is_phi3
         return Vocabulary("llama", "default", tokens, types, [], found, prefix, notes, named)
     pre = _pre(tokenizer)
     notes = ["llama.cpp splits words of scripts with combining marks (Khmer, Hindi) differently"] * (
@@ -130,7 +131,7 @@ def _kind(number: int, texts: dict[int, str], added: dict[int, Any], model: dict
 
 
 def _pre(tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level BPE splits a text into words."""
+    """llama.cpp's name of the rule by which a byte-level BPE splits a text into words."""
     if (normalizer := tokenizer["normalizer"]) and normalizer["type"] != "NFC":  # Qwen's, which llama.cpp omits
         _refuse(f"its normalizer is {normalizer['type']}")
     rule = _steps(tokenizer["pre_tokenizer"] or {"type": "none"}), bool(tokenizer["model"].get("ignore_merges"))
@@ -159,7 +160,7 @@ NO_WORDS = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWith
 def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
     """Whether a space is added before a text and after each control token; llama.cpp does both or neither."""
     normalizer, words = tokenizer["normalizer"], tokenizer["pre_tokenizer"]
-    if words == NO_WORDS:  # Gemma's; after its normalizer there are no spaces
+    if words == NO_WORDS:  # Gemma's; its normalizer leaves no spaces
         words = None
     parts = (normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]) if normalizer else []
     prepended = {"type": "Prepend", "prepend": SPACE}
@@ -170,10 +171,10 @@ def _space_prefix(tokenizer: dict[str, Any], chat: ChatTokenizer) -> bool:
         return prepended in parts
     if words["type"] != "Metaspace" or words["split"]:
         _refuse(f"its pre-tokenizer is {words['type']}, not SentencePiece's")
-    if words["prepend_scheme"] == "first":  # which is never, in chats that begin with a control token
+    if words["prepend_scheme"] == "first":  # never applies to chats that begin with a control token
         prompt = ""
         with suppress(TemplateRefusal):
             prompt = chat.render_prompt([{"role": "user", "content": "a"}])
         if not prompt.startswith(tuple(chat.control.texts)):
-            _refuse("it adds a space before the first word only, and its chats begin with text")
+            _refuse("it adds a space before the first word only, but its chats begin with text")
     return bool(words["prepend_scheme"] == "always")

@@ -1,9 +1,9 @@
-"""An adapter merged into its base, as a model that any engine loads; and which adapter: a weighted sum, some modules.
+"""Merge an adapter into its base, as a model that any engine loads; the adapter may be a weighted sum, or some modules.
 
 W' = W + scaling B A (with DoRA, rows rescaled to length m), and trained biases replace the old ones. The arithmetic is
-float32, a few rows at a time, straight from the base's shards to the new ones; the result is rounded once, at the end.
-An adapter that was trained on a 4-bit base learned to correct that base, so there are two honest choices for W: the
-original weights, or the dequantized 4-bit weights. No model is in memory for any of this: nanoft/export/streaming.py.
+float32, a few rows at a time, directly from the base's shards to the new ones; the result is rounded once, at the end.
+An adapter that was trained on a 4-bit base has learned to correct that base, so there are two valid choices for W: the
+original weights, or the dequantized 4-bit weights. No model is held in memory for this: nanoft/export/streaming.py.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from nanoft.models.model_files import ModelFiles, Quantization, base_files, quan
 from nanoft.models.open import LoadedModel, TrainedAdapter, attach_adapter, find_adapter, is_run, read_trained_adapter
 from nanoft.models.weights import copy_companions, describe_score, save_model, with_towers, write_config
 
-Onto = Literal["original", "nf4"]  # the base's original weights, or those of training, dequantized
+Onto = Literal["original", "nf4"]  # the base's original weights, or the dequantized weights of training
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 def weights_of(opened: LoadedModel, onto: Onto) -> Weights:
-    """The base's weights, as they are stored or as the adapter was trained on them."""
+    """The base's weights, as stored or as in the adapter's training."""
     weights = open_rows(opened.base_directory, opened.quantization if onto == "nf4" else None, opened.dtype)
     return replace(weights, config=opened.model.config)
 
@@ -54,8 +54,8 @@ def merge(
 ) -> dict[str, Any]:
     """Write base + adapter as a Hugging Face directory: shards, index, config, tokenizer, generation_config.
 
-    `out` is empty except for finished shards; `resumable`: they are recorded in `PROGRESS`, and those recorded there
-    whose hash agrees are skipped. Returns size in bytes and SHA-256 of each shard.
+    `out` is empty except for finished shards; `resumable`: record them in `PROGRESS`, and skip recorded shards whose
+    hash matches. Returns size in bytes and SHA-256 of each shard.
     """
     weights = replace(weights_of(opened, onto), adapters=opened.adapters, dtype=dtype)
     tensors, read = with_towers(ModelFiles.read(opened.base_directory), weights.shapes, dtype, weights.rows)
@@ -99,10 +99,10 @@ def _bytes(spec: tuple[torch.dtype, tuple[int, ...]]) -> int:
 
 
 def check_room(out: Path, needed: int) -> None:
-    """Refuse before the work starts what does not fit on the disk."""
+    """Raise a UserError, before the work starts, if the output does not fit on the disk."""
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise UserError(f"--out: needs {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free there: make room")
+        raise UserError(f"--out: needs {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free: free disk space")
 
 
 # ---- Which adapter
@@ -118,13 +118,13 @@ def require_adapter(source: str) -> None:
         return
     if not is_run(source):
         raise UserError(f"{source}: no adapter here: give a LoRA run or an adapter directory")
-    raise UserError(f"{source}: this run trained every parameter: its result is a complete model, in model/")
+    raise UserError(f"{source}: this run trained every parameter: use its complete model in {source}/model")
 
 
 def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[dict[str, Any]]]:
-    """The adapter that the arguments of merge.py describe; and source, SHA-256 and weight of each one in the sum."""
+    """The adapter that the arguments of merge.py describe; and source, SHA-256 and weight of each term of the sum."""
     adapters = [read_trained_adapter(source, args.base_model) for source in args.sources]
-    for adapter in adapters:  # an adapter that is not merged is not verified later
+    for adapter in adapters:  # adapters that are not merged are not verified later
         if broken := next((name for name, tensor in adapter.tensors.items() if not tensor.isfinite().all()), None):
             raise UserError(f"{adapter.place}: {broken} contains NaN or infinity: export an earlier checkpoint")
     factors, modules = parse_weights(args.weights, len(adapters)), args.only.split(",") if args.only else []
@@ -133,7 +133,7 @@ def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[dict[
     summed = [{"source": source, "sha256": digest, "weight": factor} for source, digest, factor in parts]
     if modules and any("score" in adapter.lora.modules_to_save for adapter in adapters):
         raise UserError(f"--only: {args.only}: a reward model needs its scalar head: remove it")
-    if args.unmerge:  # must have been merged, and be subtractable
+    if args.unmerge:  # the adapter must have been merged, and must be subtractable
         directory = Path(args.unmerge)
         if not directory.is_dir():
             raise UserError(f"--unmerge: {directory}: no such directory: give a merged model")
@@ -165,7 +165,7 @@ def parse_weights(text: str | None, count: int) -> list[float]:
 
 
 def require_same_base(adapter: TrainedAdapter) -> None:
-    """Refuse a base that the adapter fits, but whose files are not those that it was trained on."""
+    """Refuse a base that fits the adapter, but whose files differ from those in its training."""
     if adapter.base_sha256 and atomic.hash_named_files(base_files(adapter.base)) != adapter.base_sha256:
         raise UserError(
             f"{adapter.base}: its files are not those that {adapter.place} was trained on (SHA-256 differs): "
@@ -183,12 +183,12 @@ def fingerprint(asked: dict[str, Any], adapter: TrainedAdapter, summed: list[dic
 def combine(
     adapters: Sequence[TrainedAdapter], weights: Sequence[float], only: Sequence[str], base: Path | None = None
 ) -> TrainedAdapter:
-    """The weighted sum of adapters of one base, or the modules of it that `only` names; `base`: on another base."""
+    """The weighted sum of adapters of one base, or only the modules that `only` names; `base`: replaces their base."""
     first = adapters[0]
     for other in adapters[1:]:
         if other.base.resolve() != first.base.resolve():
             raise UserError(
-                f"{other.place}: its base is {other.base_name}, not {first.base_name}: they cannot be summed"
+                f"{other.place}: its base is {other.base_name}, not {first.base_name}: sum adapters of one base only"
             )
     lora, tensors = first.lora, first.tensors
     if len(adapters) > 1 or weights[0] != 1:
@@ -201,7 +201,7 @@ def combine(
 
 
 def open_adapter(adapter: TrainedAdapter, onto: Onto) -> LoadedModel:
-    """An adapter on its base, whose weights stay on the disk; a UserError if it does not fit."""
+    """An adapter on its base, whose weights stay on disk; a UserError if it does not fit."""
     quantization = adapter.quantization if onto == "nf4" else None
     rows = open_rows(adapter.base, quantization, adapter.dtype, vocabulary_of(adapter.lora, adapter.tensors))
     return attach_adapter(adapter, StreamedDecoder(rows))
@@ -213,8 +213,8 @@ def save_result(
 ) -> Path:  # fmt: skip
     """The result of a run with its tokenizer: `run`/adapter in PEFT's format, or `run`/model in Hugging Face's.
 
-    It replaces an earlier result when it is complete. `base` is the model that training started from, in whose dtype a
-    full model is stored; `step` is of the weights' checkpoint; `dtype` is that of training; `tokenizer` its directory.
+    It replaces an earlier result once it is complete. `base`: the model that training started from, in whose dtype a
+    full model is stored; `step`: that of the weights; `dtype`: that of training; `tokenizer`: its directory.
     """
     out = run / ("adapter" if adapters else "model")
     with atomic.replaced_directory(out) as staging:
@@ -232,7 +232,7 @@ def save_result(
 
 
 def save_template(run: Path, out: Path) -> None:
-    """The template that model.chat_template chose for a run, instead of the model's own ones."""
+    """Save the template of model.chat_template, if the run has one, instead of the model's own templates."""
     if is_run(run) and (run / TEMPLATE_FILE).is_file():
         shutil.rmtree(out / "additional_chat_templates", ignore_errors=True)
         shutil.copyfile(run / TEMPLATE_FILE, out / TEMPLATE_FILE)

@@ -1,7 +1,7 @@
 """The documents of an exported model: parity.json, provenance.json and the model card; and the upload to the Hub.
 
-An engine that answers the ids in parity.json differently has another template, tokenizer or weights than training had.
-provenance.json records base, data, settings, library versions and the hash of every file.
+An engine that answers the prompts in parity.json differently uses another template, tokenizer or other weights than
+training. provenance.json records base, data, settings, library versions and the hash of every file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parity_record(
 ) -> dict[str, Any]:
     """The content of parity.json: prompts as text and ids, the ids that end an answer, and the model's greedy answers.
 
-    Long prompts and those that the template refuses are skipped. `weights` says what the answers are computed with.
+    Long prompts and those that the template refuses are skipped. `weights` describes the weights of the answers.
     """
     plain = [Prompt([{"role": "user", "content": text}], "") for text in PLAIN_PROMPTS]
     asked: list[dict[str, Any]] = []
@@ -84,7 +84,7 @@ def parity_record(
 
 
 def provenance_record(source: str, facts: Mapping[str, Any], out: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of provenance.json: the export, its run, library versions, and every file's hash, some `known`."""
+    """The content of provenance.json: the export, its run, library versions, and the hash of every file."""
     names = sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith("."))
     files = {name: known.get(name) or hash_file(out / name) for name in names}
     return {**facts, "run": run_facts(source), "versions": library_versions(), "files": files}
@@ -104,7 +104,7 @@ def run_facts(source: str) -> dict[str, Any]:
 def model_card(form: str, opened: LoadedModel, source: str, proven: Sequence[str], **names: Any) -> str:
     """README.md: the Hub's front matter, what was verified, how to use the export, figures and settings of the run.
 
-    `names` are those in LOAD and SERVE: `here` is the export's directory or its repository on the Hub.
+    `names` are the placeholders in LOAD and SERVE; `here` is the export's directory or its repository on the Hub.
     """
     settings, base, run = run_facts(source).get("config", {}), opened.base_directory, run_of(source)
     name = str(base) if opened.adapters else settings.get("model", {}).get("name", str(base))  # not RUN/model
@@ -129,7 +129,7 @@ def model_card(form: str, opened: LoadedModel, source: str, proven: Sequence[str
         found = re.search(r"\*\*Verdict.*?(?=\n\| training|\n## |\Z)", text, re.DOTALL)
         start = settings["lora"]["start_from"]
         lines += [f"## Evaluation\n\n{found[0].strip()}"] if found else []
-        lines += [f"`base` has the adapter that training started from, {start}."] if found and start else []
+        lines += [f"`base` includes the adapter that training started from, {start}."] if found and start else []
     if settings:
         shape = [[name, str(settings["lora"][name])] for name in ("rank", "alpha")] if opened.adapters else []
         rows = [["model", ModelFiles.read(base).description], ["method", method], *shape]
@@ -137,7 +137,7 @@ def model_card(form: str, opened: LoadedModel, source: str, proven: Sequence[str
         rows.append(["seed", str(settings["system"]["seed"])])
         lines.append("## Training\n\n" + markdown_table(["setting", ""], rows))
     lines.append(
-        "## Check\n\n`parity.json` has rendered prompts, their token ids and greedy answers to check an engine with."
+        "## Check\n\n`parity.json` has rendered prompts, their token ids and greedy answers, to check an engine."
     )
     return "\n\n".join(lines) + "\n"
 
@@ -159,7 +159,7 @@ def usage(form: str, opened: LoadedModel, names: Mapping[str, Any]) -> Iterator[
 
 
 def vllm_rank(lora: LoRAConfig) -> int:
-    """The --max-lora-rank that vLLM needs for an adapter; 0 if it cannot serve that one."""
+    """The --max-lora-rank that vLLM needs for an adapter; 0 if vLLM cannot serve it."""
     if lora.dora or lora.bias != "none" or lora.modules_to_save or lora.trainable_token_indices:
         return 0
     rank = max(8, 1 << (lora.rank - 1).bit_length())  # a power of two
@@ -184,7 +184,7 @@ def license_of(base: Path) -> dict[str, str]:
 
 
 def push(out: Path, repository: str, private: bool) -> str:
-    """Upload a finished directory to the Hub, to a repository that is created if it is new; return its URL."""
+    """Upload a finished directory to the Hub, creating the repository if it is new; return its URL."""
     api = HfApi()
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
@@ -198,7 +198,7 @@ def push(out: Path, repository: str, private: bool) -> str:
 
 
 def validate_repository(repository: str) -> None:
-    """Raise a UserError before the work starts if the name is invalid or there is no token."""
+    """Raise a UserError, before the work starts, if the name is invalid or there is no token."""
     if not HUB_NAME.fullmatch(repository):
         raise UserError(f"--push: {repository!r:.80} is not a repository name: use owner/name")
     if not get_token():

@@ -1,12 +1,12 @@
-"""A decoder whose weight matrices stay on the disk.
+"""A decoder whose weight matrices stay on disk.
 
 A 7B model in float32 takes 28 GB, but merging an adapter into it and verifying the result need only a few rows of one
-matrix at a time. A linear layer here reads its weight in slabs of rows at every call, multiplies, and drops them:
+matrix at a time. A linear layer here reads its weight in slabs of rows in every call, multiplies, and drops them:
 
     y[:, rows] = x W[rows]^T
 
-Each pass reads the whole model, so many tokens should go through in one. `Weights` says what is read: a model's files;
-or those quantized and dequantized, as in training; or either with an adapter merged in and rounded, as files get it.
+Each pass reads the whole model, so a pass should have many tokens. `Weights` says what is read: a model's files; or
+these quantized and dequantized, as in training; or either with an adapter merged in and rounded, as in merged files.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class Weights(Rows):
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:  # type: ignore[override]
-        """As stored; with a head of its own, and new tokens, where `config` has them and the files do not."""
+        """As stored, plus a separate head and new tokens if `config` has them and the files do not."""
         shapes = dict(self.files.shapes)
         for name in EMBEDDINGS[: 1 if self.config.tied else 2]:
             shapes[name] = (self.config.vocab_size, *shapes.get(name, shapes[EMBEDDINGS[0]])[1:])
-        if self.config.has_score:  # in the place of the head
+        if self.config.has_score:  # replaces the head
             shapes.pop(EMBEDDINGS[1], None)
             shapes["score.weight"] = (1, self.config.hidden_size)
         return shapes
@@ -90,11 +90,11 @@ class Weights(Rows):
             slab = adapter.merged(slab.float(), rows)
         slab = slab.to(self.dtype)
         if self.dtype == torch.float16 and not is_finite(slab):
-            raise UserError(f"--dtype: f16: numbers of {name} are too large for it: use bf16 or f32")
+            raise UserError(f"--dtype: f16: values of {name} overflow float16: use bf16 or f32")
         return slab
 
     def read_base(self, name: str, rows: slice) -> Tensor:
-        """Some rows of W; those of new tokens are the mean of the others, as in `grow_vocabulary`."""
+        """Some rows of W; rows of new tokens are the mean of the others, as in `grow_vocabulary`."""
         name = name if name in self.files.shapes else EMBEDDINGS[0]  # a head that was untied; a new one
         stored = self.files.shapes[name][0]
         if rows.stop > stored:
@@ -126,13 +126,13 @@ def open_rows(
 
 
 def return_freed_memory() -> None:
-    """Make glibc return large blocks to the system when they are freed, rather than keep them."""
+    """Make glibc return large freed blocks to the system instead of keeping them."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, which by default grows to 32 MB
 
 
 class StreamedLinear(nn.Linear):
-    """y = x W^T + b with a W that is read from disk in each call."""
+    """y = x W^T + b, where W is read from disk in each call."""
 
     def __init__(self, weights: Rows, name: str):
         nn.Module.__init__(self)  # nn.Linear's would allocate W
@@ -167,7 +167,7 @@ class StreamedEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         wanted, places = ids.unique(return_inverse=True)
-        # Copies, since a view keeps the mapped pages around it in memory.
+        # Copies, because a view keeps its mapped pages in memory.
         rows = [self.weights.read(self.name, slice(row, row + 1)).clone() for row in wanted.tolist()]
         return F.embedding(places, torch.cat(rows).float())
 
@@ -203,11 +203,11 @@ class StreamedDecoder(Decoder):
 
     @property
     def head(self) -> Tensor:
-        """Shape of the output embedding; all NaN, so that using its values shows."""
+        """A tensor with the shape of the output embedding; all NaN, so that any use of its values shows."""
         return torch.tensor(math.nan).expand(self.config.vocab_size, self.config.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden @ head^T, capped, of a few rows of the head at a time, (..., vocab)."""
+        """hidden @ head^T, capped, with a few rows of the head at a time, (..., vocab)."""
         name, start, found = EMBEDDINGS[self.lm_head is not None], 0, list[Tensor]()
         for slab in self.weights.rows(name if name in self.weights.shapes else EMBEDDINGS[0]):
             slab = slab.float()

@@ -1,8 +1,8 @@
 """Is the merged model the model that was trained?
 
-Before a merged model gets its name, its logits are compared with those of base + adapter on real prompts, in float32 on
-the CPU. `compare_bases` also measures which base the merged model should have: perplexity and KL divergence of the
-merge onto the original weights and onto the quantized ones, against the model as it was trained.
+Before a merged model gets its final name, its logits are compared with those of base + adapter on real prompts, in
+float32 on the CPU. `compare_bases` also measures onto which base to merge: perplexity and KL divergence of the merge
+onto the original weights and onto the quantized ones, relative to the model in training.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from nanoft.objectives import OBJECTIVES
 from nanoft.perplexity import safe_exp
 
 # Allowed difference of logits, as a share of their standard deviation: rounding every weight to 8 (bf16) or 11 (f16)
-# significant bits moves the logits by about this much; a wrong merge moves them by several units.
+# significant bits changes the logits by about this much; a wrong merge changes them by several standard deviations.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 PLAIN_TEXTS = ["The quick brown fox jumps over the lazy dog.", '{"city": "Oslo", "people": 4}', "1 2 3 4 5 6 7 8 9 10"]
 PROMPTS = 8
-VERIFY_TOKENS = 4096  # held-out tokens of --verify; an eighth of it without
+VERIFY_TOKENS = 4096  # held-out tokens of --verify; an eighth of them without it
 PROOF_TOKENS = 64  # of each prompt: every weight contributes to any token
 PASS_TOKENS = 640  # tokens of one forward pass, which reads all weights
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Merged model against base + adapter on the same prompts."""
+    """Comparison of the merged model with base + adapter on the same prompts."""
 
     max_difference: float  # of a logit
     allowed: float
     effect: float  # largest difference that the adapter itself makes, for comparison
     same_top_token: float  # share of positions
-    kind: str = "logit"  # of number that is compared; reward: of a reward model
+    kind: str = "logit"  # the compared quantity; for a reward model: reward
 
     @property
     def holds(self) -> bool:
@@ -67,7 +67,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Predictions of one model against those of a reference, on the same tokens."""
+    """Comparison of a model's predictions with those of a reference, on the same tokens."""
 
     max_difference: float  # of a logit
     spread: float  # standard deviation of the reference's logits
@@ -93,7 +93,7 @@ def hidden_states(model: Decoder, sequences: Sequence[Sequence[int]]) -> Tensor:
 
 
 def predictions(model: Decoder, hidden: Tensor) -> Tensor:
-    """Logits, (n, vocab), of hidden states (n, hidden); rewards, (n, 1), of a reward model."""
+    """Logits, (n, vocab), from hidden states (n, hidden); for a reward model, rewards, (n, 1)."""
     return model.logits(hidden) if model.score is None else model.score(hidden)
 
 
@@ -128,7 +128,7 @@ def next_tokens(sequences: Sequence[Sequence[int]], targeted: Sequence[Sequence[
 
 
 def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Prompt]]:
-    """Samples and prompts of a run, held out if it has a validation split; none if its data is gone."""
+    """Samples and prompts of a run, held out if it has a validation split; none if its data is missing."""
     if is_run(source):
         config = load_config(Path(source) / "config.json")
         with suppress(UserError):
@@ -147,9 +147,9 @@ def proof_prompts(chat: ChatTokenizer, samples: Sequence[Sample]) -> list[list[i
 
 
 def describe_weights(opened: LoadedModel, merged: bool) -> str:
-    """What the answers in parity.json are computed with: an adapter on another base may answer differently."""
+    """The weights of the answers in parity.json, since an adapter on another base may answer differently."""
     if merged:
-        return "those of this export, before any quantization of its own"
+        return "those of this export, before its own quantization, if any"
     form = opened.quantization[0] if opened.quantization else "its own number format"
     return f"the adapter on its base in {form}; on another base answers may differ"
 
@@ -175,9 +175,9 @@ def prove(opened: LoadedModel, merged: Rows, prompts: Sequence[list[int]], toler
 def compare_bases(
     adapter: TrainedAdapter, dtype: torch.dtype, chat: ChatTokenizer, samples: Sequence[Sample], limit: int
 ) -> tuple[dict[Onto, Agreement], int]:
-    """How close each merge in `dtype` would be to the model as trained, by base, and on how many tokens.
+    """Compare the merge onto each base, in `dtype`, with the model in training; also return the number of tokens.
 
-    It uses held-out samples until they have `limit` tokens; without any, plain texts.
+    Held-out samples with about `limit` tokens in total are used; without samples, plain texts.
     """
     before = np.cumsum([0, *(len(sample.ids) for sample in samples)])
     used = [sample for sample, tokens in zip(samples, before, strict=False) if tokens < limit]
@@ -194,7 +194,7 @@ def compare_bases(
 
 
 def describe_bases(found: dict[Onto, Agreement], tokens: int, chosen: str) -> list[str]:
-    """The comparison as lines: a table and, where there is a choice, a recommendation."""
+    """The comparison as lines: a table and, if there is a choice, a recommendation."""
     trained = next(iter(found.values())).wanted_perplexity
     rows = [
         [f"--base {name}", f"{a.perplexity:.5g}", f"{a.perplexity / a.wanted_perplexity - 1:+.3%}",
@@ -202,7 +202,7 @@ def describe_bases(found: dict[Onto, Agreement], tokens: int, chosen: str) -> li
         for name, a in found.items()
     ]  # fmt: skip
     lines = [
-        f"on {tokens:,} held-out tokens, compared with the model as it was trained (perplexity {trained:.5g}):",
+        f"on {tokens:,} held-out tokens, compared with the model in training (perplexity {trained:.5g}):",
         markdown_table(["merged", "perplexity", "change", "KL (nats)", "same top token"], rows),
     ]
     best = recommend_base(found)

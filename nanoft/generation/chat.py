@@ -1,8 +1,8 @@
 """`python -m nanoft chat`: one answer, a conversation in the terminal, or one answer per line of a pipe (`pipe.py`).
 
-The messages are rendered with the training template each time. Text is shown as its tokens arrive; a character whose
-bytes span several tokens waits until it is complete. When a conversation outgrows the model's context, the oldest
-questions are dropped, with a note.
+Each time, the messages are rendered with the template of training. Text is shown as its tokens arrive; a character
+whose bytes span several tokens is shown when it is complete. When a conversation outgrows the model's context, the
+oldest questions are dropped, with a note.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from nanoft.runtime.memory import available_host_bytes
 Generate = Callable[[list[int], int, Sampling], Iterator[int]]
 HELP = """\
 /reset          new conversation with the same system message
-/system TEXT    new conversation with this system message; without TEXT, with none
+/system TEXT    new conversation with this system message; without TEXT, with no system message
 /temperature T  0: always the most likely token; above 0: sampled
 /base           the base model's answer to the last question, without the adapter
 /help           this list
 /quit           exit, like Ctrl-D
 Ctrl-C          stop an answer"""
 COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: escape codes for the terminal
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: they could control the terminal
 INCOMPLETE = "\ufffd"  # what the bytes of an incomplete character decode to
 
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """`python -m nanoft chat RUN|MODEL`; returns the exit code."""
     sampling = read_sampling(args)
     if args.json and args.prompt is not None:
-        raise UserError("--json: answers lines of standard input: remove --prompt, or --json")
+        raise UserError("--json: reads its prompts from standard input: remove --prompt or --json")
     for option, text in (("--prompt", args.prompt), ("--system", args.system)):
         check_text(option, text or "")
     quiet_libraries()
@@ -63,12 +63,12 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device("auto")
     loaded = open_model(args.source, device, choose_dtype("auto", device))
     if loaded.model.config.has_score:
-        raise UserError(f"{args.source}: is a reward model, which writes no answers: measure it with eval.py on pairs")
+        raise UserError(f"{args.source}: a reward model, which generates no answers: evaluate it on pairs with eval.py")
     if args.compare and not loaded.adapters:
-        raise UserError(f"--compare: {args.source} has no adapter to switch off: remove --compare, or name a LoRA run")
+        raise UserError(f"--compare: {args.source} has no adapter to disable: remove --compare, or name a LoRA run")
     bytes_needed = sum(linear.out_features * linear.in_features for linear in linears_of(loaded.model).values()) * 4
     has_room = device.type == "cpu" and bytes_needed <= MEMORY_SHARE * available_host_bytes()
-    policy = "cached" if has_room else "auto"  # a dequantized base is several times as fast
+    policy = "cached" if has_room else "auto"  # a dequantized base is several times faster
     cache_weights(loaded.model, policy, loaded.model.head.dtype)
     chat = open_chat_tokenizer(args.source, loaded)
     generator = torch.Generator()
@@ -147,7 +147,7 @@ class ChatSession:
         self, chat: ChatTokenizer, generate: Generate, adapters: dict[str, Adapter], compare: bool,
         context: float, max_new_tokens: int, system: str | None, sampling: Sampling = GREEDY,
     ):  # fmt: skip
-        """Show the base model's answers, too, with `compare`; prompt and answer fit into `context` tokens."""
+        """`compare`: also show the base model's answers; prompt and answer together have at most `context` tokens."""
         self.chat, self.generate, self.adapters, self.compare = chat, generate, adapters, compare
         self.context, self.max_new_tokens, self.sampling = context, max_new_tokens, sampling
         self.in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -254,9 +254,9 @@ class ChatSession:
         elif command != "/base":
             note(HELP if command == "/help" else f"{command}: unknown command{nearest(command, COMMANDS)}")
         elif not self.adapters:
-            note("there is no adapter to switch off")
+            note("there is no adapter to disable")
         elif len(self.messages) < 2:
-            note("no question yet")
+            note("there is no question yet")
         else:
             prompt = self.chat.encode_prompt(self.messages[:-1])
             limit = answer_limit(prompt, self.context, self.max_new_tokens)

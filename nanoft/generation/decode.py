@@ -1,12 +1,12 @@
-"""Decoding with a cache: one more token for every sequence, without another pass over the earlier ones.
+"""Decoding with a cache: one more token for every sequence, without another pass over the earlier tokens.
 
 The prompts are read packed, as in training, and each layer's keys and values are kept. After that a step is one
 position per sequence. Both run the blocks of nanoft/model.py; only their context differs.
 
     k, v of the new position go into the cache;  y = softmax(q K^T / sqrt(d)) V  over the cache
 
-Sequences end in the same slot of the cache, so that the next token has the same slot in all of them; the slots before a
-shorter one are empty, and masked. Sequences whose answer has ended leave, and new prompts take their places.
+All sequences end in the same slot of the cache, so that their next tokens share a slot; the slots before a shorter
+sequence are empty and masked. Sequences whose answer has ended leave, and new prompts take their places.
 
 Notation in comments: b sequences, h query heads, g key/value heads, d head size, n hidden size.
 """
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from nanoft import kernels
 from nanoft.attention import AttentionLayer, CacheContext, Documents, SequenceContext, soft_cap
 from nanoft.blocks import per_layer
-from nanoft.kernels import sharding
+from nanoft.kernels import sharding, streaming
 from nanoft.kernels.decode import FastCacheContext, choose_build, prepacked, twin
 from nanoft.model import Decoder
 from nanoft.runtime import distributed
 
 
 class PromptContext(SequenceContext):
-    """A pass over prompts that keeps their keys and values; rotation and attention are those of another context."""
+    """A pass over prompts that keeps keys and values; `context` does rotation and attention."""
 
     def __init__(self, context: SequenceContext, keep: Callable[[Tensor, Tensor], None]):
         self.context, self.keep, self.tensors = context, keep, context.tensors
@@ -45,7 +45,7 @@ class PromptContext(SequenceContext):
 
 
 class Decoding:
-    """A batch of growing sequences: their keys and values, in buffers of the final size, and the step."""
+    """A batch of growing sequences, with keys and values in buffers of their final size."""
 
     def __init__(self, model: Decoder):
         self.model, self.device = model, model.device
@@ -56,29 +56,30 @@ class Decoding:
         self.read: list[list[int]] = []  # the tokens of each sequence, for these ropes
         sharding.gather_outside(model)
         self.is_fast = kernels.is_applied(model)
-        self.build = choose_build(model) if self.is_fast and not distributed.is_sharded() else None
+        # how to go through blocks whose weights come and go
+        self.in_turn = streaming.in_turn if streaming.is_streamed(model) else None
+        self.in_turn = sharding.unsharded if distributed.is_sharded() else self.in_turn
+        self.build = choose_build(model) if self.is_fast and not self.in_turn else None
         self.head = prepacked(model.head.to(model.dtype), None) if self.build is prepacked else None
         self.context_class = FastCacheContext if self.is_fast else CacheContext
-        self._functions = [] if distributed.is_sharded() else list(map(self._function, model.model.layers))
+        self._functions = [] if self.in_turn else list(map(self._function, model.model.layers))
 
     def _function(self, block: nn.Module) -> Callable[..., Tensor]:
-        """A block's twin, or its `forward`: calling a compiled block would compile it again for these shapes."""
+        """A block's twin or its `forward`, as calling a compiled block would compile it again for these shapes."""
         return twin(block, self.build) if self.is_fast else block.forward
 
     def blocks(self) -> Iterable[Callable[..., Tensor]]:
-        """The blocks as functions; of a sharded model one after the other, each while its weights are gathered."""
-        if distributed.is_sharded():
-            return sharding.unsharded(self.model.model.layers, self._function)
-        return self._functions
+        """The blocks as functions; of weights that come and go one after the other, each while they are there."""
+        return self.in_turn(self.model.model.layers, self._function) if self.in_turn else self._functions
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden @ head^T in float32, (b, vocab), capped if the model does so."""
+        """hidden @ head^T in float32, (b, vocab), with the model's cap if it has one."""
         if self.head is None:
             return self.model.logits(hidden)
         return soft_cap(self.head(hidden).float(), self.model.config.logit_cap)
 
     def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
-        """Add prompts, none empty, to the batch; they end in the same slot as the sequences that are in it.
+        """Add prompts, none of them empty, to the batch, so that they end in the same slot as its sequences.
 
         At most `more` tokens may follow each sequence. A prompt that occurs several times is read once. Returns the
         last hidden state of each prompt, (prompts, n).
@@ -135,7 +136,7 @@ class Decoding:
     def _prepare_slots(self) -> None:
         """For every slot of every sequence, its rotation and whether it holds a token."""
         slots, empty = torch.arange(self.slots), torch.tensor(self.empty)[:, None]
-        most = self.model.config.positions or self.slots  # an answer that is finished may grow for a while
+        most = self.model.config.positions or self.slots  # a finished answer may grow for a few more steps
         self.positions = (slots - empty).clamp(0, most - 1).to(self.device)  # (b, slots)
         rotations = self.model.rotations(self.positions, self.values[0].dtype, self.length - empty.to(self.device))
         self.tables = self.context_class.tables(rotations, (slots >= empty).to(self.device))
@@ -143,8 +144,8 @@ class Decoding:
     def step(self, newest: Tensor) -> Tensor:
         """Append one token to each sequence, (b,); the new hidden states, (b, n).
 
-        Where a sequence grows beyond the context of pre-training, all its positions may turn otherwise than those in
-        the cache: then the sequences are read once more.
+        When a sequence outgrows the context of pre-training, its rope may change the rotation of all positions, also
+        of those in the cache; then all sequences are read again.
         """
         if self.ropes:
             self.read = [[*tokens, new] for tokens, new in zip(self.read, newest.tolist(), strict=True)]

@@ -1,10 +1,10 @@
 """Batched generation with a cache.
 
-Prompts of different lengths are read as training reads packed documents, so none is padded. After that, each forward
-pass adds one token to every answer; finished answers leave the batch and waiting prompts take their places, so one long
-answer does not hold up a batch.
+Prompts of different lengths are read like packed documents in training, so none is padded. After that, each forward
+pass adds one token to every answer; finished answers leave the batch and waiting prompts take their places, so that a
+long answer does not hold up the batch.
 
-`generate` returns all answers, complete; `stream` yields the new tokens of each step, as they come. A prompt that
+`generate` returns all answers when they are complete; `stream` yields the new tokens of each step. A prompt that
 occurs several times among those that join together is read once.
 """
 
@@ -23,12 +23,12 @@ from nanoft.generation.sampling import GREEDY, Sampler, Sampling, log_probs
 from nanoft.io.bars import Bar
 from nanoft.model import Decoder
 
-REFILL = 0.75  # waiting prompts join when at most this share of the batch is active: joining copies the cache
+REFILL = 0.75  # waiting prompts join once at most this share of the batch is active, because joining copies the cache
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated ids without the stop token, which stands apart."""
+    """Generated ids without the stop token, which is separate."""
 
     ids: list[int]
     stop_id: int | None = None  # the stop token, if the model produced one
@@ -44,13 +44,13 @@ def generate(
     sampling: Sampling = GREEDY, generator: torch.Generator | None = None, batch_size: int | None = None,
     only: Sequence[int] | None = None, noise: Tensor | None = None,
 ) -> list[Answer]:  # fmt: skip
-    """Continue every prompt, of which none is empty, until a stop id or `max_new_tokens`.
+    """Continue every prompt (none may be empty) until a stop id or `max_new_tokens`.
 
     Args:
         generator: on the CPU; None: torch's default.
         batch_size: answers that are generated together; None: all.
-        only: indices of the prompts to answer, with the random numbers they have among all prompts. None: all.
-        noise: in the place of `generator`, (prompts, max_new_tokens) float32 in [0, 1): see `completion_noise`.
+        only: indices of the prompts to answer, with the random numbers that they have among all prompts. None: all.
+        noise: replaces `generator`, (prompts, max_new_tokens) float32 in [0, 1): see `completion_noise`.
     """
     stops, answers = set(stop_ids), [Answer([]) for _ in prompts]
     steps = stream(model, prompts, stop_ids, max_new_tokens, sampling, generator, batch_size, only, noise)
@@ -72,7 +72,7 @@ def stream(
     sampling: Sampling = GREEDY, generator: torch.Generator | None = None, batch_size: int | None = None,
     only: Sequence[int] | None = None, noise: Tensor | None = None,
 ) -> Iterator[list[tuple[int, int, float]]]:  # fmt: skip
-    """Yields for each step (index of the prompt, new token, its log-probability: NaN without `sampling.log_probs`).
+    """Yield for each step (index of the prompt, new token, its log-probability: NaN without `sampling.log_probs`).
 
     A stop id is the last token of its answer.
     """

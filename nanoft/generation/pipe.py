@@ -1,8 +1,8 @@
-"""`python -m nanoft chat MODEL < questions.txt`: each line is answered on its own, in batches, in order.
+"""`python -m nanoft chat MODEL < questions.txt`: each line is answered separately, in batches, in order.
 
-A plain line is a question; a blank one is answered by a blank one. With --json a line is a question as a JSON string, a
-list of messages, or an object with `prompt` or `messages` (and `tools`). It is written back as an object with the
-`answer`, why that ended (`finish_reason`: stop or length), and with --compare the base model's answer, `base`.
+A plain line is a question; a blank line gets a blank answer. With --json, a line is a question as a JSON string, a list
+of messages, or an object with `prompt` or `messages` (and `tools`). It is written back as an object with the `answer`,
+the reason for its end (`finish_reason`: stop or length), and with --compare the base model's answer, `base`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ AnswerAll = Callable[[list[list[int]], int], list[Answer]]  # prompts, maximum n
 @dataclass(frozen=True)
 class LineReader:
     chat: ChatTokenizer
-    context: float  # tokens that prompt and answer may have together
+    context: float  # largest number of tokens of prompt and answer together
     max_new_tokens: int
-    system: str | None  # of lines that have no system message of their own
+    system: str | None  # for lines without a system message of their own
     as_json: bool
 
     def read(self, number: int, line: bytes) -> tuple[int, dict[str, Any], list[int], int]:
-        """(number of the line, the record that is written back, the ids of its prompt, the limit of its answer)."""
+        """(line number, the record to write back, the ids of its prompt, the token limit of its answer)."""
         try:
             record = _record(line) if self.as_json else {"prompt": line.decode().strip()}
             messages = _messages(record)
@@ -54,16 +54,16 @@ class LineReader:
 
 
 def answer_limit(prompt: list[int], context: float, max_new_tokens: int) -> int:
-    """How many tokens an answer may have; a UserError if the context has room for none."""
+    """The token limit of an answer; a UserError if the context has no room for any."""
     if len(prompt) >= context:
-        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context {context}: shorten it")
+        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context only {context}: shorten it")
     return int(min(context - len(prompt), max_new_tokens))
 
 
 def answer_lines(reader: LineReader, models: Mapping[str, AnswerAll], show: Callable[[str], None], fd: int = 0) -> None:
     """Answer every line of a file descriptor.
 
-    models: name -> what answers, of which the first is the model itself; several names are shown before their answers.
+    models: name -> its function; the first is the model itself. If there are several, answers begin with the names.
     """
     first, cut = 1, list[int]()  # number of the next line; lines whose answer reached its limit
     for lines in read_lines(fd):
@@ -79,11 +79,11 @@ def answer_lines(reader: LineReader, models: Mapping[str, AnswerAll], show: Call
         first += len(lines)
     if cut:
         limit = f"--max-new-tokens {reader.max_new_tokens}, or the model's context"
-        print(f"{len(cut):,} answers were truncated ({limit}), first that of line {cut[0]}", file=sys.stderr)
+        print(f"{len(cut):,} answers were truncated ({limit}), first for line {cut[0]}", file=sys.stderr)
 
 
 def read_lines(fd: int) -> Iterator[list[bytes]]:
-    """Up to BATCH lines at a time, of what is there: another program may wait for an answer before its next line."""
+    """Up to BATCH available lines at a time: another program may wait for an answer before it writes its next line."""
     rest = b""
     while piece := os.read(fd, 1 << 16):
         *lines, rest = (rest + piece).split(b"\n")
@@ -102,7 +102,7 @@ def _record(line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict) or not {"prompt", "messages"} & record.keys():
         raise UserError("expected a string, a list of messages, or an object with prompt or messages")
     if taken := [name for name in GIVEN if name in record]:
-        raise UserError(f"{taken[0]}: is a field of the output: rename it")
+        raise UserError(f"{taken[0]}: reserved for the output: rename the field")
     return record
 
 

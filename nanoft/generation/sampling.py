@@ -1,15 +1,15 @@
 """Sampling: from logits to the next token.
 
-Temperature 0 takes the most likely token. Otherwise the logits are changed in this order, which is transformers':
+Temperature 0 takes the most likely token. Otherwise the logits are changed in the order that transformers uses:
 
     repetition penalty   tokens of the prompt or the answer become less likely (CTRL, Keskar et al. 2019, section 4.1)
     temperature          logits / T: below 1 sharper, above 1 flatter
     top-k                keep the k most likely (Fan et al. 2018)
-    top-p                keep the most likely that together have probability p (Holtzman et al. 2020)
+    top-p                keep the most likely with a total probability of p (Holtzman et al. 2020)
     min-p                keep those at least min_p times as likely as the most likely (Nguyen et al. 2024)
 
-and a token is sampled from the softmax. All random numbers of an answer are generated before its first token, so it
-depends on the seed and on the index of its prompt, not on when other answers finish.
+and a token is sampled from the softmax. All random numbers of an answer are generated before its first token, so the
+answer depends on the seed and the index of its prompt, not on when other answers finish.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    log_probs: bool = False  # compute `log_probs` of the chosen tokens, too
+    log_probs: bool = False  # also compute `log_probs` of the chosen tokens
 
 
 GREEDY = Sampling()
@@ -54,7 +54,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits, (batch, vocab), at a temperature above 0; -inf for tokens that are filtered out, which is never all."""
+    """Logits, (batch, vocab), at a temperature above 0; -inf for tokens that are filtered out, but never for all."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
@@ -74,7 +74,7 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
     cumulative = logits.softmax(-1).cumsum(-1)
     target = noise[:, None] * cumulative[:, -1:]  # the total is 1 up to rounding
     sampled = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return sampled.clamp(max=logits.shape[-1] - 1)  # beyond it only if all is NaN
+    return sampled.clamp(max=logits.shape[-1] - 1)  # exceeded only if all values are NaN
 
 
 def log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -84,21 +84,21 @@ def log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 
 def completion_noise(seeds: Sequence[Sequence[int]], steps: int) -> Tensor:
-    """`noise` of completions, (seeds, steps), each from a generator of its own: it depends on its seed alone."""
+    """`noise` of completions, (seeds, steps); each row depends only on its own seed."""
     rows = [np.random.default_rng(seed).random(steps, dtype=np.float32) for seed in seeds]
     return torch.from_numpy(np.array(rows).reshape(-1, steps)) * BELOW_ONE
 
 
 class Sampler:
-    """Chooses the next token of each sequence in a batch; remembers which tokens each of them has seen."""
+    """Chooses the next token of each sequence in a batch; remembers the tokens in each sequence."""
 
     def __init__(
         self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab: int, steps: int, device: torch.device,
         generator: torch.Generator | None, noise: Tensor | None = None,
     ):  # fmt: skip
-        """`prompts`: of all answers, of at most `steps` tokens; `generator`: on the CPU, so that seeds are portable.
+        """`prompts`: of all answers; `steps`: most tokens of an answer; `generator`: on the CPU, for portable seeds.
 
-        `noise`: float32 in [0, 1), (prompts, steps), in the place of `generator`.
+        `noise`: replaces `generator`, float32 in [0, 1), (prompts, steps).
         """
         self.sampling, self.prompts, self.device = sampling, prompts, device
         self.noise: Tensor | None = None  # (prompts, steps)

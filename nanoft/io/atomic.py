@@ -2,7 +2,7 @@
 
 A new file is fsynced before anything refers to it, a small file is replaced by renaming a complete one over it, and a
 directory is fsynced after its entries change, because a file's fsync does not cover its name. Output directories are
-filled under another name, and files are hashed: large ones in parallel, and only again after they have changed.
+filled under a temporary name. Files are hashed in parallel pieces, and again only after they have changed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 from nanoft import UserError
 
 PIECE = 8 << 20  # bytes hashed at once
-SETTLED = 2_000_000_000  # nanoseconds; a file that was modified more recently may change again unnoticed
-PROGRESS = ".finished.json"  # beside finished shards: size and SHA-256 of each
+SETTLED = 2_000_000_000  # nanoseconds; a file modified more recently may change again without a new timestamp
+PROGRESS = ".finished.json"  # next to finished shards: size and SHA-256 of each
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -86,15 +86,15 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---- Directories that appear complete under their name, or not at all
+# ---- Directories that appear complete under their final name, or not at all
 
 
 @contextmanager
 def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] = os.rename) -> Iterator[Path]:
     """Yield a staging directory that becomes `out` at the end, or is removed if anything fails.
 
-    After an interruption (Ctrl-C, a signal, power), the shards that `PROGRESS` names stay; the next call with this key
-    continues from them, one with another key removes them. `place` moves the content of the directory to `out`.
+    After an interruption (Ctrl-C, a signal, power), the shards that `PROGRESS` names stay; the next call with the same
+    key continues from them, a call with another key removes them. `place` moves the content of the directory to `out`.
     """
     require_new(out)
     created = [parent for parent in out.parents if not parent.exists()]
@@ -109,7 +109,7 @@ def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] 
         with _locked(staging, out):
             try:
                 finished = read_progress(staging)
-                for path in staging.iterdir():  # what an interrupted call left, except its finished shards
+                for path in staging.iterdir():  # leftovers of an interrupted call, except its finished shards
                     if path.is_dir():
                         shutil.rmtree(path)
                     elif path.name not in finished and path.name != PROGRESS:
@@ -126,7 +126,7 @@ def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] 
                 if not keep:
                     shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
-        reason = error.strerror or f"{error}: is the disk full?"  # NumPy reports how much it wrote, not why
+        reason = error.strerror or f"{error}: is the disk full?"  # NumPy reports how much it wrote, not the cause
         raise UserError(f"--out: {out}: cannot be written: {reason}") from None
     finally:
         if not out.exists():
@@ -148,7 +148,7 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--out: {out}: another process is writing it: wait for it, or choose another") from None
+            raise UserError(f"--out: {out}: another process is writing it: wait, or choose another name") from None
         yield
     finally:
         os.close(descriptor)
@@ -164,8 +164,8 @@ def read_progress(staging: Path) -> dict[str, Any]:
 
 @contextmanager
 def replaced_directory(out: Path) -> Iterator[Path]:
-    """Yield a staging directory that replaces `out` when its content is on the disk."""
-    for leftover in out.parent.glob(f".tmp-{out.name}-*"):  # of a process that was killed here
+    """Yield a staging directory that replaces `out` once its content is on disk."""
+    for leftover in out.parent.glob(f".tmp-{out.name}-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     staging = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     try:
@@ -211,10 +211,10 @@ def hash_content(path: Path) -> str:
 
 
 def hash_remembered(files: Sequence[Path], memory: Path) -> str:
-    """One SHA-256 over the `hash_content` of files; a file that did not change since is not read again.
+    """One SHA-256 over the `hash_content` of files; a file that has not changed is not read again.
 
-    As git does it: size, inode, mtime and ctime in nanoseconds must all be equal, and the file must have been at rest
-    when it was hashed. `memory` is a JSON file with the hashes of earlier calls.
+    As in git, a file is unchanged if size, inode, mtime and ctime (nanoseconds) are equal, and it was at rest when it
+    was hashed. `memory` is a JSON file with the hashes of earlier calls.
     """
     digests, known = list[str](), dict[str, Any]()
     with suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, with the time left: of what takes longer than a second, and only on a terminal."""
+"""Progress bars on stderr with the time left, for work that takes longer than a second, and only on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """A bar that disappears when it is done."""
+    """A bar that disappears when the work is done."""
 
     enabled = True  # logging.progress_bar, on rank 0
 
@@ -24,7 +24,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
 def track(
     items: Iterable[Item], what: str, unit: str, total: int | None = None, size: Callable[[Any], int] = lambda _: 1
 ) -> Iterator[Item]:
-    """The items, with a bar of how many are done, or of how much of `total`, where `size` says how much each is."""
+    """Iterate over the items and show a bar: of their number, or of `total` in units of which each has `size(item)`."""
     with Bar(desc=what, total=len(items) if isinstance(items, Sized) else total, unit=unit) as bar:
         for item in items:
             yield item

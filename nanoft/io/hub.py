@@ -14,9 +14,9 @@ _cache: ContextVar[str | None] = ContextVar("hub_cache", default=None)  # None: 
 
 
 def use_cache(directory: str) -> None:
-    """Download into this directory from now on; empty: where the Hub's client does (HF_HUB_CACHE, HF_HOME).
+    """Download into this directory from now on; empty: the default of the Hub's client (HF_HUB_CACHE, HF_HOME).
 
-    A directory with `hub` in it is a home like ~/.cache/huggingface, whose cache is that.
+    A directory that contains `hub` is a home like ~/.cache/huggingface, and `hub` is its cache.
     """
     home = os.path.expanduser(directory)
     cache = os.path.join(home, "hub")
@@ -30,10 +30,10 @@ def cache_directory() -> Path:
 
 
 def download(repository: str, **options: Any) -> Path:
-    """The directory with a snapshot of a repository; raises what the Hub's client does, which is many types."""
+    """The directory with a snapshot of a repository; raises the errors of the Hub's client, which have many types."""
     from huggingface_hub import snapshot_download
 
-    bar: Any = Bar  # whose type the client narrows
+    bar: Any = Bar  # the client declares a narrower type
     return Path(snapshot_download(repository, cache_dir=_cache.get(), tqdm_class=bar, **options))
 
 
@@ -42,5 +42,5 @@ def reason_of(error: Exception) -> str:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError):
-        return "the Hub is not reachable, and it is not in the cache"
+        return "not in the cache, and the Hub is not reachable"
     return one_line(error) or type(error).__name__

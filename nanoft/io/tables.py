@@ -1,9 +1,13 @@
-"""Text for people: durations and Markdown tables, as the terminal and report.md show them."""
+"""Text for people: durations, wrapped lines and Markdown tables, for the terminal and report.md."""
 
 from __future__ import annotations
 
+import re
+import sys
 import textwrap
 from collections.abc import Sequence
+
+LABELED = r"(?!example |event )(warning: |[a-z]+  +)"  # how lines of prose begin; tables and samples begin otherwise
 
 
 def format_duration(seconds: float) -> str:
@@ -14,8 +18,15 @@ def format_duration(seconds: float) -> str:
 
 
 def wrap(text: str, indent: int) -> str:
-    """Text in lines of at most 80 columns, all but the first indented; a longer word stays whole."""
+    """Wrap text to 80 columns, all lines but the first indented; a word that is longer stays whole."""
     return textwrap.fill(text, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def for_terminal(text: str, prose: str = LABELED) -> str:
+    """The lines that begin with `prose`, wrapped to 80 columns in a terminal; unchanged in a file or a pipe."""
+    if not sys.stdout.isatty():
+        return text
+    return "\n".join(wrap(line, 10) if len(line) > 80 and re.match(prose, line) else line for line in text.split("\n"))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

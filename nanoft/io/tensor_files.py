@@ -4,8 +4,8 @@
     n bytes     JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
     the rest    the tensors' bytes, one after another, without gaps
 
-Its header can lie. The safetensors library refuses sizes and offsets that do not fit the file. It accepts a name that
-occurs twice, with which two readers see two models, so that is looked for here.
+The header can be wrong on purpose. The safetensors library refuses sizes and offsets that do not fit the file, but it
+accepts a name that occurs twice, from which two readers can load two different models. That is checked here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TensorHeader:
     transposed: bool = False  # in the file; `shape` and `read` are those of (out, in)
 
     def read(self, rows: slice = slice(None)) -> Tensor:
-        """Rows of the tensor, a view of the file, which is opened anew: an open file keeps what was read in memory."""
+        """Rows of the tensor, as a view of the file, which is reopened each time: an open one keeps pages in memory."""
         with open_safetensors(self.path) as file:
             if self.transposed:
                 return file.get_slice(self.name)[:, rows].t().contiguous()
@@ -78,14 +78,14 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError, MemoryError) as error:  # it maps the whole file
+    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: safetensors maps the whole file
         raise UserError(f"{path}: corrupted ({error}): download or copy it again") from None
 
 
 def encode_safetensors(specs: Specs, read: Callable[[str], Tensor | Iterable[Tensor]]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor at a time.
 
-    `read` returns a tensor by name, or its rows in parts; it is called once each, and only one tensor is held.
+    `read` returns a tensor by name, or its rows in parts; it is called once per tensor, and only one tensor is held.
     """
     ordered = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))  # keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,9 +1,9 @@
-"""Bounded readers for files of unknown origin, and redaction of what must not leave.
+"""Bounded readers for files of unknown origin, and redaction of secrets in output.
 
-A model, an adapter, a data set or a run directory may come from anyone. Its JSON may be nested 100,000 deep or be a
-pipe that never ends, its YAML may refer to itself until memory is full, its files may be links to a key in the home
-directory, and its regular expressions may run forever. So every small file is read here, within bounds, and text on its
-way out (an error, a log, a report) loses access tokens and control characters.
+A model, an adapter, a data set or a run directory may come from anyone. Its JSON may be nested 100,000 levels deep or
+be a pipe that never ends, its YAML may expand until memory is full, its files may be links to a key in the home
+directory, and its regular expressions may run forever. So every small file is read here, within bounds, and access
+tokens and control characters are removed from output (errors, logs, reports).
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ import yaml
 from nanoft import UserError
 
 MAX_JSON = 16 << 20  # bytes; an index of 90,000 tensors has 9 MB. Python objects take at most 25 times as much
-MAX_YAML = 100_000  # characters, which take PyYAML a second
+MAX_YAML = 100_000  # characters, for which PyYAML takes a second
 MAX_NODES = 10_000  # values of a YAML text with all aliases expanded
 MAX_DEPTH = 64  # of nested lists and objects
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
-# The plain values that PyYAML, which reads YAML 1.1, reads as YAML 1.2 (section 10.3.2) does; dates are text there.
+# Plain values that mean the same in YAML 1.1, which PyYAML reads, and in YAML 1.2 (section 10.3.2; dates are text).
 YAML_1_2 = {
     "bool": re.compile("true|True|TRUE|false|False|FALSE"),
     "int": re.compile(r"[-+]?(0|[1-9]\d*)|0x[\da-fA-F]+"),
     "float": re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
     "timestamp": re.compile("(?!)"),
 }
-# Hugging Face's tokens, W&B's, credentials in a URL (user:password@), and its token parameter.
+# Tokens of Hugging Face and W&B, credentials in a URL (user:password@), and a URL's token parameter.
 TOKEN = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|\bwandb_v\d+_\w{20,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)|(?<=[?&]token=)[^&\s]+"
 )
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Plain data; 1e-4 and -.5 are numbers, too, as in YAML 1.2."""
+    """Plain data; 1e-4 and -.5 are numbers too, as in YAML 1.2."""
 
 
 YamlLoader.add_implicit_resolver(
@@ -68,20 +68,20 @@ def read_bytes(path: Path, limit: int = MAX_JSON, confined: bool = True) -> byte
 
 
 def resolve_file(path: Path) -> Path:
-    """Resolve links, which must stay in the file's directory: others could lead to any file that the user may read.
+    """Resolve links, which must stay in the file's directory: others could expose any file that the user may read.
 
     In the Hub's cache, models--x--y/snapshots/<revision>/<file> is a link into models--x--y/blobs.
     """
     try:
         real, home = path.resolve(strict=True), path.parent.resolve()
     except FileNotFoundError:
-        link = f": it is a link to {os.readlink(path)}, which is gone: copy it again" if path.is_symlink() else ""
+        link = f": a link to {os.readlink(path)}, which is missing: copy it again" if path.is_symlink() else ""
         raise UserError(f"{path}: no such file{link}") from None
     except (OSError, ValueError, RuntimeError) as error:  # name too long, a zero byte in it, circular links
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not real.is_relative_to(home) and not real.is_relative_to(cache):
-        raise UserError(f"{path}: a link that leads out of its directory, to {real}: copy the file there instead")
+        raise UserError(f"{path}: a link that leads out of its directory, to {real}: replace it with a copy")
     if not real.is_file():
         raise UserError(f"{path}: not a plain file")
     return real
@@ -103,7 +103,7 @@ def refuse_code(config: dict[str, Any]) -> None:
     for name in ("auto_map", "trust_remote_code", "custom_pipelines"):
         if config.get(name):
             code = "this model brings Python code of its own, which nanoft never runs"
-            raise UserError(f"{name}: {config[name]!r:.100}: {code}: if it works without that code, remove the field")
+            raise UserError(f"{name}: {config[name]!r:.100}: {code}: if the code is not needed, remove the field")
 
 
 def decode_text(content: bytes) -> str:
@@ -132,7 +132,7 @@ def parse_json(content: bytes) -> Any:
 def _unique_names(pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        with contextlib.suppress(yaml.YAMLError):  # JSON is YAML, except for some escapes, and YAML's nodes have lines
+        with contextlib.suppress(yaml.YAMLError):  # JSON is YAML, except for some escapes; YAML nodes know their lines
             if node := yaml.compose(text[:MAX_YAML], YamlLoader):
                 _measure(node, {})  # raises with both lines
         raise ValueError("a name appears twice in an object: remove one of the two")
@@ -140,9 +140,9 @@ def _unique_names(pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML value: plain data of bounded size and depth, aliases expanded; else a ValueError.
+    """A YAML value: plain data of bounded size and depth, aliases expanded; otherwise a ValueError.
 
-    So are a name that stands twice in a mapping, and values that mean something else in YAML 1.1, which PyYAML reads.
+    A name that occurs twice in a mapping, or a value with different meanings in YAML 1.1 and 1.2, is a ValueError too.
     """
     if len(text) > MAX_YAML:
         raise ValueError(f"longer than {MAX_YAML:,} characters")
@@ -159,7 +159,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except (LookupError, AttributeError, ArithmeticError, TypeError):  # PyYAML's, at `!!int ''` and `!!timestamp x`
+    except (LookupError, AttributeError, ArithmeticError, TypeError):  # from PyYAML for `!!int ''`, `!!timestamp x`
         raise ValueError("a value does not match its tag") from None
 
 
@@ -178,7 +178,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[fl
 
 
 def _refuse_ambiguous(node: yaml.Node) -> None:
-    """A ValueError for a name that a mapping has twice, and for what YAML 1.1 reads in another way than YAML 1.2."""
+    """Raise a ValueError for a name that a mapping has twice, or a value that YAML 1.1 and 1.2 read differently."""
     line, kind = node.start_mark.line, node.tag.rpartition(":")[2]
     if isinstance(node, yaml.MappingNode):
         names: dict[tuple[str, str], int] = {}
@@ -192,14 +192,14 @@ def _refuse_ambiguous(node: yaml.Node) -> None:
             return
         found = "a date" if kind == "timestamp" else yaml.safe_load(node.value)
         meaning, fix = (found, "write") if kind == "timestamp" else (json.dumps(found), f"write {json.dumps(found)} or")
-        if found != node.value:  # else its tag was written by hand
+        if found != node.value:  # otherwise its tag was explicit
             text = f"{node.value} means {meaning} in YAML 1.1, but not in YAML 1.2"
             raise ValueError(f"line {line + 1}: {text}: {fix} '{node.value}'")
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Interrupt the block, which may be a regular expression, with a UserError; in the main thread only."""
+    """Interrupt the block, even a regular expression, with a UserError; in the main thread only."""
 
     def too_late(_number: int, _frame: FrameType | None) -> None:
         raise UserError(f"{what}: takes longer than {seconds:g} seconds: simplify it")
@@ -217,7 +217,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
 
 def redact(text: str) -> str:
-    """Replace access tokens, from the environment or by their form, with ***."""
+    """Replace access tokens, those in the environment and those of a known form, with ***."""
     for name in SECRETS:
         value = os.environ.get(name, "")
         if len(value) >= 12:  # a shorter value is a placeholder, which may be an ordinary word

@@ -1,9 +1,9 @@
-"""Optimized implementations of the core's equations: removing any of them changes speed and memory, not results.
+"""Optimized implementations of the core's equations: removing any of them affects speed and memory, not results.
 
 `apply` installs them at three seams: the class of a block (`FastBlock`: the same modules, linears computed in groups),
 the context of a forward pass (`FastContext`: attention without masks), and the twin of a block for generation
-(decode.py). What a kernel does not know, by its exact type, is left to the reference. An edit of the core would be
-ignored silently, so `apply` first compares the two on a toy model, and where they differ, the reference is used.
+(decode.py). A module whose exact type a kernel does not know uses the reference. Edits of the core would be ignored
+silently, so `apply` first compares the two on a toy model, and uses the reference if they differ.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ DOCUMENTS = Documents((4, 2, 6), torch.tensor([0, 4, 6, 12], dtype=torch.int32))
 def apply(model: Decoder, lora: LoRAConfig | None = None) -> str:
     """Use the kernels for every block that they support; call it before compiling and sharding.
 
-    Adapters, whose settings are `lora`, and quantized weights are in place by then. Returns a warning if the kernels
-    differ from the core, so that the reference path is used, or if those for this device do not work; else "".
+    Adapters, with settings `lora`, and quantized weights must be in place. Returns a warning if the kernels differ from
+    the core, so that the reference path is used, or if those for this device do not work; otherwise "".
     """
     warning = fused.enable(model.device)
     if difference := verify(model.config, lora):
@@ -57,14 +57,14 @@ def is_applied(model: Decoder) -> bool:
 
 
 def describe(model: Decoder) -> str:
-    """How many blocks are fast, for the log."""
+    """The number of fast blocks, for the log."""
     fast = sum(isinstance(block, FastBlock) for block in model.model.layers)
     by = " by Triton" if fused.kernels(model.head) else ""
     return f"{fast} of {len(model.model.layers)} blocks fast{by}" if is_applied(model) else "reference path"
 
 
 def describe_attention(model: Decoder, dtype: torch.dtype, length: int, packed: bool) -> str:
-    """What computes attention over sequences of this length on this device, for each kind of layer in the model."""
+    """The implementation of attention for sequences of this length on this device, for each kind of layer."""
     c = model.config
     if not is_applied(model):
         return f"PyTorch's kernel for {model.device.type} with a mask over all pairs"
@@ -75,7 +75,7 @@ def describe_attention(model: Decoder, dtype: torch.dtype, length: int, packed: 
 
 
 def compile_blocks(model: Any) -> None:
-    """Fuse what stands between the matrix products, block by block; elementwise results are recomputed in backward.
+    """Fuse the operations between matrix products, block by block; backward recomputes elementwise results.
 
     With a full memory budget the compiler keeps them: 145 KiB per token and layer of Mistral-7B instead of 93.
     """
@@ -96,13 +96,13 @@ def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
         _install(model)
         found = _step(model) | {"answers": _answer(model)}
         expected["answers"] = expected["hidden states"]
-    # one gradient is zero but for roundings: that of the bias of keys that are not rotated
+    # one gradient is zero up to rounding: that of the bias of keys that are not rotated
     bounds = {name: 1e-7 * tensor.norm() + 1e-12 for name, tensor in expected.items()}
     return next((name for name in found if not (found[name] - expected[name]).norm() <= bounds[name]), "")
 
 
 def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
-    """A model of two layers with the same switches, every trained parameter away from its start."""
+    """A model of two layers with the same switches, with every trained parameter away from its initial value."""
     sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
     sizes |= {"num_heads": 4, "num_kv_heads": 4 if config.qkv == "interleaved" else 2, "head_dim": 8}
     times = 1 + any("source" in own for own in config.layers)
@@ -135,7 +135,7 @@ def _toy_layer(own: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _perturb(model: Decoder) -> None:
-    """Move every trained parameter away from its start: zeros and ones hide mistakes."""
+    """Move every trained parameter away from its initial value, because zeros and ones hide mistakes."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -156,11 +156,11 @@ def _step(model: Decoder) -> dict[str, Tensor]:
 @torch.no_grad()
 def _answer(model: Decoder) -> Tensor:
     """The hidden states of the two sequences once more, token by token, as in generation."""
-    blocks, (batch, length), c = [twin(block, None) for block in model.model.layers], IDS.shape, model.config
+    blocks, (batch, length) = [twin(block, None) for block in model.model.layers], IDS.shape
     lengths = torch.full((batch, 1), length)
     rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64, lengths)
     tables = FastCacheContext.tables(rotations, torch.ones(batch, length, dtype=torch.bool))
-    sizes = [(one.num_kv_heads, length, one.head_dim) for one in map(c.of_layer, range(len(blocks)))]
+    sizes = [(one.num_kv_heads, length, one.head_dim) for one in model.config.by_layer]
     keys, values = ([torch.zeros(batch, *size, dtype=torch.float64) for size in sizes] for _ in range(2))
     hidden = []
     for slot in range(length):

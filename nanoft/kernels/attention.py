@@ -1,11 +1,11 @@
-"""Faster attention, with less memory: the same results as the masks of nanoft/attention.py.
+"""Faster attention with less memory, and the same results as the masks of nanoft/attention.py.
 
 The weights of all pairs are never kept, so memory grows with the length and not with its square. On CUDA one kernel
-does that (FlashAttention, Dao 2023), with a form for packed documents of any lengths. Elsewhere packed documents of
+does that (FlashAttention, Dao 2023), with a variant for packed documents of any lengths. Elsewhere, packed documents of
 similar length are batched, which costs the sum of their squared lengths; a mask costs the square of the sum.
-Where PyTorch has no such kernel, or only a slow one, `_Chunked` evaluates the formula a chunk of queries at a time.
+If PyTorch has no such kernel, or only a slow one, `_Chunked` evaluates the formula for a chunk of queries at a time.
 
-Notation in comments: b batch, q and k positions that ask and answer, h query heads, g key/value heads, d head size.
+Notation in comments: b batch, q and k positions of queries and keys, h query heads, g key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FastContext(SequenceContext):
 
 
 def describe(q: Tensor, scores: Scores, packed: bool) -> str:
-    """What computes attention for such queries, in a few words for the log."""
+    """The implementation of attention for such queries, in a few words for the log."""
     if packed and has_varlen(q, scores):
         return "varlen kernel (FlashAttention)"
     batched = ", documents of similar length batched" if packed else ""
@@ -61,12 +61,12 @@ def describe(q: Tensor, scores: Scores, packed: bool) -> str:
 
 
 def is_known(layer: Any) -> bool:
-    """Whether a layer, or the module that it stands for in generation, is exactly a `SelfAttention`."""
+    """Whether a layer, or the module that it replaces in generation, is exactly a `SelfAttention`."""
     return getattr(layer, "kind", type(layer)) is SelfAttention
 
 
 def within(scores: Scores, length: int) -> Scores:
-    """The same for sequences of this length, which a wide window does not limit."""
+    """The scores for sequences of this length: a window that is at least as wide is dropped."""
     return scores._replace(window=None) if scores.window is not None and scores.window >= length else scores
 
 
@@ -92,8 +92,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents
 def group_documents(documents: Documents) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Batches of documents of similar length: positions of their tokens, (n, width); which of them are real, (tokens,).
 
-    A document that is shorter than its batch is continued by the next one: nothing in it sees what comes after it. Also
-    returns where each token is among the real tokens of all batches, (tokens,).
+    A document shorter than its batch is padded with the tokens that follow it, to which none of its own tokens attends.
+    Also returns the place of each token among the real tokens of all batches, (tokens,).
     """
     lengths = torch.tensor(documents.lengths)
     starts = lengths.cumsum(0) - lengths
@@ -110,7 +110,7 @@ def group_documents(documents: Documents) -> tuple[list[tuple[Tensor, Tensor]], 
 
 
 def _needs_chunks(q: Tensor, scores: Scores) -> bool:
-    """PyTorch's kernels know neither windows nor caps, on CUDA nor large heads; others are slow or keep all weights."""
+    """PyTorch's kernels have no windows, no caps and, on CUDA, no large heads; others keep all weights or are slow."""
     return (
         scores.window is not None
         or scores.cap is not None
@@ -132,7 +132,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
 def _varlen_kernel() -> Any:
     """PyTorch's attention for documents of different lengths; None in versions without all of its options."""
     try:
-        from torch.nn.attention.varlen import varlen_attn  # takes 71 MB and a second, so only where there is CUDA
+        from torch.nn.attention.varlen import varlen_attn  # takes 71 MB and a second, so it is imported for CUDA only
     except ImportError:
         return None
     options = {"scale", "window_size", "enable_gqa"}
@@ -199,7 +199,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """(queries, the keys that any of them sees), the last chunk first: the others fit into the memory that it frees."""
+    """(queries, keys that any of them attends to), the last chunk first: the others fit into the memory it frees."""
     for start in reversed(range(0, length, CHUNK)):
         first = 0 if window is None else max(0, start - window + 1)
         end = min(start + CHUNK, length)
@@ -207,7 +207,7 @@ def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
 
 
 def _weights(q: Tensor, keys: Tensor, offset: int, scores: Scores) -> tuple[Tensor, Tensor | None]:
-    """P of a chunk, (b g, h/g q, k), whose first query stands at key number `offset`; with a cap also dC/dS."""
+    """P of a chunk, (b g, h/g q, k), whose first query has the position of key `offset`; with a cap also dC/dS."""
     length, repeats = q.shape[1], q.shape[0] * q.shape[2] // keys.shape[0]
     unseen = torch.full((length, keys.shape[1]), -torch.inf, dtype=q.dtype, device=q.device)
     hidden = unseen.triu(offset + 1)  # -inf for keys after the query, 0 for the others

@@ -1,9 +1,9 @@
 """A block whose linears of one input are computed together with their adapters and keep little for backward.
 
-Nothing but A and B gets a gradient, so backward needs little: x for dA, u = x A^T (r per token) for dB, and W for dx.
-`_GroupedLinear` keeps exactly that, once for all linears of one input; and where that input is a cheap function of
-something that is kept anyway (a norm of the residual stream, silu(gate) * up), it is not kept either but recomputed.
-(DoRA keeps each output, too, for the gradient of m.)
+Only A and B get a gradient, so backward needs little: x for dA, u = x A^T (r per token) for dB, and W for dx.
+`_GroupedLinear` keeps exactly that, once for all linears of one input. If that input is a cheap function of something
+that is kept anyway (a norm of the residual stream, silu(gate) * up), it is recomputed instead of kept.
+(DoRA also keeps each output, for the gradient of m.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 
 
 class FastBlock(Block):
-    """A `Block`, with the same modules, that keeps less for backward. Each half is fast where its types are known.
+    """A `Block`, with the same modules, that keeps less for backward. Each half is fast if its types are known.
 
     The last block computes `o_proj` at the target positions only. With hooks on its halves, which would not be called,
     it takes the reference path.
@@ -61,7 +61,7 @@ class FastBlock(Block):
 
 
 def supports(block: nn.Module) -> bool:
-    """Whether at least one half of a block is made of exactly the types that are known here."""
+    """Whether at least one half of a block consists of exactly the types that are known here."""
     return type(block) is Block and (supports_attention(block) or supports_mlp(block))
 
 
@@ -85,15 +85,15 @@ def _is_known(norm: Any, half: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:
-    """norm(x) as a function and what gets a gradient in it."""
+    """norm(x) as a function, and its inputs that get a gradient."""
     return (norm, x) if norm is identity else fused.normed(norm, x)
 
 
 def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor) -> list[Tensor]:
     """Each linear's output for the same x = prepare(*inputs), like `[linear(x) for linear in linears]`.
 
-    It computes exactly that without adapters, if W itself is trained, under autocast, and in torch.compile, which
-    decides itself what to fuse and what to keep.
+    It falls back to exactly that without adapters, if W itself is trained, under autocast, and in torch.compile, which
+    decides by itself what to fuse and keep.
 
     Args:
         linears: all, some or none with an adapter.
@@ -120,7 +120,7 @@ def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *in
 
 
 class _Group(NamedTuple):
-    """Linears of one input x = prepare(*inputs), without what gets a gradient."""
+    """Linears of one input x = prepare(*inputs), without the tensors that get a gradient."""
 
     prepare: Prepare
     inputs: int  # how many

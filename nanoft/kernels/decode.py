@@ -1,8 +1,8 @@
-"""Generation with less overhead: a block without modules, weights in the order in which a CPU reads them, one rotation.
+"""Generation with less overhead: blocks without modules, weights in the order in which a CPU reads them, one rotation.
 
-In a step of generation, one position per sequence, the costs are reading the weights and, in a small model, Python
-itself. So a block becomes its twin: the block's own `forward`, and those of its parts, on plain objects whose linears
-are functions. No equation of the block stands here a second time.
+A step of generation has one position per sequence, so its cost is reading the weights and, in a small model, Python
+itself. So a block is replaced by its twin: the block's own `forward`, and those of its parts, on plain objects whose
+linears are functions. No equation of the block is repeated here.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from nanoft.runtime.memory import available_bytes, available_host_bytes
 
 Function = Callable[..., Tensor]
 Build = Callable[[Tensor, Tensor | None], Function]  # a linear from its weight and bias
-MEMORY_SHARE = 0.5  # of the free memory, for a second copy of the weights
-CACHED_BYTES = 16e6  # of float32 weights that fit into a processor's caches, where their order does not matter
+MEMORY_SHARE = 0.5  # largest share of the free memory for a second copy of the weights
+CACHED_BYTES = 16e6  # float32 weights up to this size fit into a processor's caches, so their order does not matter
 
 
 class FastCacheContext(CacheContext):
-    """A `CacheContext` that rotates q and k together and needs no mask where no slot is empty."""
+    """A `CacheContext` that rotates q and k together, and needs no mask if no slot is empty."""
 
     @classmethod
     def tables(cls, rotations: Sequence[Rotation], filled: Tensor) -> tuple[Sequence[Rotation], Tensor]:
-        """What each half of a head and its other half are multiplied by, (b, slots, 1, n); who is there."""
+        """The factors of each half of a head and of its other half, (b, slots, 1, n); and which slots are filled."""
         doubled = [Rotation(torch.cat((c, c), dim=-1), torch.cat((-s, s), dim=-1), g) for c, s, g in rotations]
         return doubled, filled[:, None, None]
 
@@ -46,7 +46,7 @@ class FastCacheContext(CacheContext):
         cos, sin, growth = self.rotations[layer.rope]
         n, both = cos.shape[-1], torch.cat((q, k), dim=2)  # (b, 1, h + g, d)
         turned = both[..., :n]
-        swapped = turned.unflatten(-1, (2, -1)).flip(3).flatten(3)  # each half in the other's place
+        swapped = turned.unflatten(-1, (2, -1)).flip(3).flatten(3)  # the two halves swapped
         turned = torch.addcmul(turned * cos, swapped, sin)
         both = turned if n == both.shape[-1] else torch.cat((turned, both[..., n:]), dim=-1)
         q, k = both[:, :, : q.shape[2]], both[:, :, q.shape[2] :]
@@ -56,7 +56,7 @@ class FastCacheContext(CacheContext):
         if layer.scores.cap is not None:
             return super().attend(q, k, v, layer)
         keys, values, seen = self.write(k, v, layer)
-        # the h / g query heads of a key head become as many queries of it, so that no key is repeated
+        # the h / g query heads of a key head become h / g queries, so that no key is repeated
         queries = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
         mask = self.filled[..., seen] if seen.start < self.full else None
         y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=layer.scores.scale)
@@ -64,9 +64,9 @@ class FastCacheContext(CacheContext):
 
 
 def twin(module: Any, build: Build | None) -> Function:
-    """A function that computes what the module computes; the module itself where its type is not known.
+    """A function that computes what the module computes; the module itself if its type is not known.
 
-    `build` makes the linears, of quantized weights after dequantizing them once; None: as each module computes.
+    `build` makes the linears, from quantized weights after dequantizing them once; None: each module's own computation.
     """
     if isinstance(module, FastBlock):
         return _twin_class(Block)(module, build)
@@ -87,7 +87,7 @@ def twin(module: Any, build: Build | None) -> Function:
 
 
 class Twin:
-    """The attributes and the methods of a module, without nn.Module, and with twins in the place of its children."""
+    """The attributes and methods of a module, without nn.Module, and with twins instead of its children."""
 
     def __init__(self, module: nn.Module, build: Build | None):
         for name, value in vars(module).items():
@@ -104,7 +104,7 @@ class Twin:
 
 @functools.cache
 def _twin_class(kind: Any) -> type[Twin]:
-    """`Twin` with the methods of a module's class: bound when called, so a twin's weights are freed with the twin."""
+    """`Twin` with the methods of a module's class, which are bound when called, so that a twin frees its weights."""
     public = {name: value for name, value in vars(kind).items() if not name.startswith("_")}
     methods = {name: value for name, value in public.items() if isinstance(value, types.FunctionType | staticmethod)}
     return type(kind.__name__, (Twin,), methods)
@@ -116,7 +116,7 @@ def plain(weight: Tensor, bias: Tensor | None) -> Function:
 
 
 def adapted(linear: LoRALinear, build: Build | None) -> Function:
-    """A linear with its adapter; A and B are rounded to the number format of the model once."""
+    """A linear with its adapter; A and B are rounded to the model's dtype once."""
     base, (a, b), scaling = twin(linear.base, build), linear.factors(), linear.scaling
 
     @functools.cache
@@ -134,9 +134,10 @@ def adapted(linear: LoRALinear, build: Build | None) -> Function:
 
 
 def prepacked(weight: Tensor, bias: Tensor | None) -> Function:
-    """x W^T + b from a copy of W, (out, in), in the blocks of oneDNN's kernels, as torch's compiler does.
+    """x W^T + b from a copy of W, (out, in), in the blocked layout of oneDNN's kernels, as in torch.compile.
 
-    A product with few rows reads W itself at half the memory's speed: a token takes twice the time (bench/generate.md).
+    A product with few rows reads a plain W at half the memory bandwidth: a token takes twice the time
+    (bench/generate.md).
     """
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     kernel: Function = torch.ops.mkldnn._linear_pointwise.default
@@ -144,7 +145,7 @@ def prepacked(weight: Tensor, bias: Tensor | None) -> Function:
 
 
 def choose_build(model: Decoder) -> Build | None:
-    """How the linears of the model's twin are made, if there is memory for other weights than the model's own."""
+    """How to make the linears of the model's twin, if there is memory for a second copy of the weights."""
     if should_prepack(model):
         return prepacked
     packed = [linear for linear in linears_of(model).values() if isinstance(linear, PACKED)]
@@ -154,7 +155,7 @@ def choose_build(model: Decoder) -> Build | None:
 
 
 def should_prepack(model: Decoder) -> bool:
-    """Whether there are such kernels for all weights of the model, whether they pay, and whether memory allows it."""
+    """Whether oneDNN has kernels for all weights of the model, they are faster, and memory allows them."""
     dtype = model.dtype
     here = model.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
     if not here or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):  # they cast nothing
@@ -162,9 +163,9 @@ def should_prepack(model: Decoder) -> bool:
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     linears, c = linears_of(model).values(), model.config
-    if not {type(linear) for linear in linears} <= LINEARS:  # their weights lie elsewhere
+    if not {type(linear) for linear in linears} <= LINEARS:  # other types store their weights elsewhere
         return False
     dtypes = {linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype for linear in linears}
     numbers = sum(linear.out_features * linear.in_features for linear in linears) + c.vocab_size * c.hidden_size
-    least = CACHED_BYTES if dtype == torch.float32 else 0  # PyTorch's own bfloat16 product takes these kernels, too
+    least = CACHED_BYTES if dtype == torch.float32 else 0  # PyTorch's own bfloat16 product uses these kernels anyway
     return dtypes == {dtype} and least < numbers * dtype.itemsize <= MEMORY_SHARE * available_host_bytes()

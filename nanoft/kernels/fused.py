@@ -1,4 +1,4 @@
-"""Where Triton's kernels (triton_kernels.py) take the place of PyTorch's operations: on CUDA GPUs, where they agree."""
+"""Use Triton's kernels (triton_kernels.py) instead of PyTorch's operations, on CUDA GPUs on which both agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _kernels: dict[str, Any] = {}  # the module, by type of device, where its check 
 
 
 def enable(device: torch.device) -> str:
-    """Use the kernels on a device if Triton is installed; a warning if they do not work there, else "".
+    """Use the kernels on a device if Triton is installed; return a warning if they do not work there, or "".
 
     With TRITON_INTERPRET=1 they run on a CPU, slowly.
     """
@@ -34,19 +34,19 @@ def enable(device: torch.device) -> str:
     except Exception as error:  # no C compiler, a driver that does not fit, ...
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
     if problem:
-        return f"system.kernels: Triton's kernels do not work here ({problem}): PyTorch's operations are used"
+        return f"system.kernels: Triton's kernels do not work here ({problem}): using PyTorch's operations"
     _kernels[device.type] = module
     nf4.UNPACKERS[device.type] = module.unpack_4bit
     return ""
 
 
 def kernels(x: Tensor) -> Any:
-    """The kernels for a tensor, or None; the compiler fuses the formulas itself."""
+    """The kernels for a tensor, or None; torch.compile fuses the formulas itself."""
     return None if torch.compiler.is_compiling() else _kernels.get(x.device.type)
 
 
 def normed(norm: RMSNorm, x: Tensor) -> tuple[Any, ...]:
-    """norm(x) as a function and what gets a gradient in it."""
+    """norm(x) as a function, and its inputs that get a gradient."""
     if kernels(x) and type(norm) is RMSNorm and not norm.weight.requires_grad:
         return partial(kernels(x).rms_norm, eps=norm.eps, offset=norm.offset), x, norm.weight
     return (norm.formula, x, *norm.parameters())
@@ -66,7 +66,7 @@ def activation(mlp: MLP, x: Tensor) -> Any:
 
 
 def heads(attn: SelfAttention, projected: list[Tensor], rotation: Rotation | None) -> Heads | None:
-    """`SelfAttention.heads` with one kernel for norm and rotation; None if it has no such norms, or no rotation."""
+    """`SelfAttention.heads` with one kernel for norm and rotation; None without such norms or without rotation."""
     norms = [norm for norm in (attn.q_norm, attn.k_norm) if type(norm) is RMSNorm and not norm.weight.requires_grad]
     has_others = attn.over_width or attn.v_norm is not identity
     if rotation is None or len(norms) < 2 or has_others or not kernels(projected[0]):

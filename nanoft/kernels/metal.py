@@ -1,6 +1,6 @@
-"""The Metal path: what differs on Apple GPUs (PyTorch's `mps` device). docs/metal.md is the guide for users.
+"""The Metal path: the differences on Apple GPUs (PyTorch's `mps` device). docs/metal.md is the guide for users.
 
-- Attention: PyTorch's keeps the weights of all pairs for backward, so it is evaluated in chunks of queries (below).
+- Attention: PyTorch's kernel keeps the weights of all pairs for backward, so it runs in chunks of queries (below).
 - NF4 is unpacked by a table look-up in plain PyTorch (nanoft/nf4.py), because bitsandbytes has no kernels for Metal.
 - The memory limit (runtime/memory.py) and dropout in recomputed blocks (runtime/device.py) do not need kernels.
 - There is no float64 and no pinned memory. Everything else runs the same operations as elsewhere.
@@ -12,5 +12,5 @@ from torch import Tensor
 
 
 def needs_chunks(q: Tensor) -> bool:
-    """Whether PyTorch's attention would keep the weights of all pairs, so that the chunked one is taken."""
+    """Whether PyTorch's attention would keep the weights of all pairs, so that the chunked one is used."""
     return q.device.type == "mps"

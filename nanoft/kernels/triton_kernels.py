@@ -1,17 +1,19 @@
 """Fused kernels for CUDA GPUs, in Triton (Tillet et al. 2019): one launch and one pass over memory each.
 
-Between the matrix products of a step there is only arithmetic on single numbers or rows, which takes as long as its
-operands take to be read and written. PyTorch's formulas read and write every intermediate result; these kernels read
-the inputs once, compute in float32 and write the result once. For the same reason the 4-bit weights are unpacked in
-one launch, scales of scales included.
+Between the matrix products of a step there is only elementwise or row-wise arithmetic, whose time is that of reading
+and writing its operands. PyTorch's formulas read and write every intermediate result; these kernels read the inputs
+once, compute in float32 and write the result once. For the same reason, the 4-bit weights are unpacked in one launch,
+including the scales of scales.
 
-Each kernel computes what a formula elsewhere says, which stands in the docstring of its function. With
-TRITON_INTERPRET=1 they run on a CPU, slowly, which is how they are tested where there is no GPU.
+Each kernel implements a formula of another module, which is named in the docstring of its function. With
+TRITON_INTERPRET=1 they run on a CPU, slowly, for tests without a GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +30,13 @@ from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, unpack_table
 
 BLOCKS = 16  # blocks of 64 weights that one program unpacks
 WIDTH = 1024  # numbers of a row that one program activates
-# Whether a product and a sum may be one operation; in unpacking, its last bit would differ from that of bitsandbytes.
+# Whether a product and a sum may be fused; in unpacking, the last bit would then differ from bitsandbytes.
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 def rows(numbers: int) -> dict[str, Any]:
-    """How a program runs that holds rows of so many numbers in registers: 8 to a thread."""
+    """Launch options of a program that holds rows of this many numbers in registers: 8 per thread."""
     return {"num_warps": min(16, max(1, numbers // 256)), **FUSED}
 
 
@@ -46,7 +48,7 @@ def unpack_4bit_kernel(
     packed, absmax, nested, values, offset, points, out, blocks, BLOCK: tl.constexpr, NESTED: tl.constexpr,
     PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    """A program unpacks some blocks; NESTED = 0: the scales are not quantized themselves."""
+    """A program unpacks some blocks; NESTED = 0: the scales are not quantized."""
     block = tl.program_id(0).to(tl.int64) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
     inside = block < blocks
     scale = tl.load(absmax + block, inside, other=0)
@@ -79,7 +81,7 @@ def unpack_4bit(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def widened(x):
-    """x in float32, or in float64 if it is that."""
+    """x in float32, or unchanged if it is float64."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
@@ -92,7 +94,7 @@ def norm_gradient(x, g, scale, size):
 
 @triton.jit
 def rms_norm_kernel(x, weight, y, size, EPS: tl.constexpr, OFFSET: tl.constexpr, SIZE: tl.constexpr):
-    """A program norms one row."""
+    """A program normalizes one row."""
     at = tl.arange(0, SIZE)[None, :]
     place, inside = tl.program_id(0).to(tl.int64) * size + at, at < size
     row = widened(tl.load(x + place, inside, other=0.0))
@@ -157,7 +159,7 @@ def activation(x, KIND: tl.constexpr):
 
 @triton.jit
 def gated_kernel(gate, up, y, gate_row, up_row, size, KIND: tl.constexpr, WIDTH: tl.constexpr):
-    """A program computes a part of one row; gate_row, up_row: how far apart their rows are."""
+    """A program computes a part of one row; gate_row, up_row: strides of their rows."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     g = widened(tl.load(gate + row * gate_row + at, at < size, other=0.0))
     u = widened(tl.load(up + row * up_row + at, at < size, other=0.0))
@@ -213,7 +215,7 @@ def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 @triton.jit
 def rotation_of(cos, sin, at, angles, row):
-    """j, c and s of y_i = x_i c_i + x_j s_i, for i and j that are `angles` apart; of dimensions behind, y_i = x_i."""
+    """j, c and s of y_i = x_i c_i + x_j s_i, for i and j that are `angles` apart; y_i = x_i for other dimensions."""
     is_first, is_turned = at < angles, at < 2 * angles
     partner = tl.where(is_first, at + angles, tl.where(is_turned, at - angles, at))
     angle = row * angles + tl.where(is_first, at, at - angles)
@@ -227,7 +229,7 @@ def rotate_kernel(
     x, weight, cos, sin, y, token_stride, heads, size, angles, angle_rows, EPS: tl.constexpr, OFFSET: tl.constexpr,
     NORMED: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """A program turns all heads of one position."""
+    """A program rotates all heads of one position."""
     token, head, at = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS)[:, None], tl.arange(0, SIZE)[None, :]
     inside, row = (head < heads) & (at < size), x + token * token_stride + head * size
     partner, c, s = rotation_of(cos, sin, at, angles, token % angle_rows)
@@ -244,7 +246,7 @@ def rotate_backward_kernel(
     x, weight, cos, sin, dy, dx, token_stride, heads, size, angles, angle_rows, EPS: tl.constexpr,
     OFFSET: tl.constexpr, NORMED: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Turn the gradient back; then it is that of the norm."""
+    """Rotate the gradient back, and then apply the gradient of the norm."""
     token, head, at = tl.program_id(0).to(tl.int64), tl.arange(0, HEADS)[:, None], tl.arange(0, SIZE)[None, :]
     inside, row = (head < heads) & (at < size), (token * heads + head) * size
     partner, c, s = rotation_of(cos, sin, at, angles, token % angle_rows)
@@ -258,7 +260,7 @@ def rotate_backward_kernel(
 
 
 class RotateFunction(torch.autograd.Function):
-    """The rotation of norm(x), (b, q, heads, d); its gradient, turned back, is that of the norm. w is frozen."""
+    """The rotation of norm(x), (b, q, heads, d); backward rotates back, then differentiates the norm; w is frozen."""
 
     @staticmethod
     def forward(
@@ -293,36 +295,50 @@ class RotateFunction(torch.autograd.Function):
 def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, eps: float = 0.0, offset: float = 0.0
 ) -> Tensor:
-    """`nanoft.attention.rotate` of x, (b, q, heads, d); with a weight, (d,), of each head's RMSNorm with it."""
+    """`nanoft.attention.rotate` of x, (b, q, heads, d); with a weight, (d,), of the RMSNorm of each head."""
     return RotateFunction.apply(x, cos, sin, weight, eps, offset)
 
 
 # --- the check before they are used
 
 
-def first_difference(device: torch.device) -> str:
-    """Which of the kernels differs from the core on a few numbers on a device, also if that was edited; "" if none."""
-    x = torch.linspace(-3, 3, 4 * 64, device=device).view(1, 4, 1, 64).requires_grad_()
-    w, angles = torch.linspace(0.5, 1.5, 64, device=device), torch.linspace(0, 7, 128, device=device)
-    cos, sin = (part.view(1, 4, 1, 32) for part in (angles.cos(), angles.sin()))
-    config = DecoderConfig(8, 64, 64, 1, 1, 1, 64, 1e-5, (Rope(),), False, (None,), "", qk_norm="head")
-    attn, layer = SelfAttention(config, 0).to(device), Linear4bit(x.detach().view(4, 64), None, "nf4", True, x.dtype)
+def with_formulas(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor
+) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Each kernel and its formula in the core: x is (1, q, h, d), cos and sin (1, q, 1, d / 2), the weight (d,)."""
+    dtype, (length, heads, size) = x.dtype, x.shape[1:]
+    config = DecoderConfig(8, size, size, 1, heads, heads, size, 1e-5, (Rope(),), False, (None,), "", qk_norm="head")
+    attn = SelfAttention(config, 0).to(x.device, dtype)
     for norm in (attn.q_norm, attn.k_norm):
-        norm.weight = nn.Parameter(w, requires_grad=False)
-    pairs = {
-        "4-bit weights": (unpack_4bit(layer.parts, "nf4", x.dtype), unpack_table(layer.parts, "nf4", x.dtype)),
-        "RMSNorm": (rms_norm(x, w, 1e-5, 1.0), RMSNorm(64, 1e-5, 1.0).formula(x, w)),
-        "rotation": (
-            rotate(x, cos, sin, w, 1e-5),
-            attn.heads([x.flatten(2)] * 3, SequenceContext([Rotation(cos, sin)]))[0],
+        norm.weight = nn.Parameter(weight, requires_grad=False)
+    context, packed = (
+        SequenceContext([Rotation(cos, sin)]),
+        Linear4bit(x.detach().view(length, -1), None, "nf4", True, dtype),
+    )
+    pairs: dict[str, Any] = {
+        "4-bit weights": (
+            lambda: unpack_4bit(packed.parts, "nf4", dtype), lambda: unpack_table(packed.parts, "nf4", dtype),
         ),
-    }
+        "RMSNorm": (lambda: rms_norm(x, weight, 1e-5, 1.0), lambda: RMSNorm(size, 1e-5, 1.0).formula(x, weight)),
+        "rotation": (
+            lambda: rotate(x, cos, sin, weight, 1e-5), lambda: attn.heads([x.flatten(2)] * 3, context)[0],
+        ),
+    }  # fmt: skip
     for kind in ACTIVATIONS:
-        pairs[kind] = gated(x, x, kind), MLP(replace(config, activation=kind)).activate(x, x)
-    for name, (found, expected) in pairs.items():
-        both = [found, expected]
-        if found.requires_grad:
-            both += [torch.autograd.grad(y, x, y.detach().cos(), retain_graph=True)[0] for y in (found, expected)]
+        mlp = MLP(replace(config, activation=kind))
+        pairs[kind] = partial(gated, x, x, kind), partial(mlp.activate, x, x)
+    return pairs
+
+
+def first_difference(device: torch.device) -> str:
+    """The first kernel that differs from the core, as it stands, for a few numbers on a device; "" if none does."""
+    x = torch.linspace(-3, 3, 4 * 64, device=device).view(1, 4, 1, 64).requires_grad_()
+    weight, angles = torch.linspace(0.5, 1.5, 64, device=device), torch.linspace(0, 7, 128, device=device)
+    cos, sin = (part.view(1, 4, 1, 32) for part in (angles.cos(), angles.sin()))
+    for name, functions in with_formulas(x, cos, sin, weight).items():
+        both = [function() for function in functions]
+        if both[0].requires_grad:
+            both += [torch.autograd.grad(y, x, y.detach().cos(), retain_graph=True)[0] for y in both[:2]]
         if any((a - b).abs().max() > 1e-4 for a, b in zip(both[::2], both[1::2], strict=True)):
             return name
     return ""

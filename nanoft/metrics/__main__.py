@@ -1,4 +1,4 @@
-"""The old spelling of `python -m nanoft compare`."""
+"""The former name of `python -m nanoft compare`."""
 
 from nanoft.runtime.command import renamed
 

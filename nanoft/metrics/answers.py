@@ -1,10 +1,11 @@
-"""Is the answer right? METRICS is the table of metrics, for evaluation and for rewards.
+"""Is the answer correct? METRICS is the table of metrics, for evaluation and for rewards.
 
-A metric is a function of an answer and its reference, most of them from 0 (wrong) to 1 (right). Exact match suits
-labels and tool calls, numeric answers arithmetic, token F1 short facts; ROUGE and BLEU (those of rouge-score and
-sacrebleu) count common n-grams and suit summaries and translations. Constraints look at the answer alone.
+A metric is a function of an answer and its reference, usually from 0 (wrong) to 1 (correct). Exact match suits labels
+and tool calls, `numeric` arithmetic, token F1 short facts; ROUGE and BLEU (from rouge-score and sacrebleu) count common
+n-grams and suit summaries and translations. Constraints depend on the answer only.
 
-Your own metric is `def function(answer, reference, prompt)`, or without the prompt: a number, larger being better.
+A user-defined metric is `def function(answer, reference, prompt)`, or without the prompt; it returns a number, and
+larger is better.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Metric:
 
 
 def select_metrics(names: Sequence[str], field: str = "evaluation.metrics") -> list[Metric]:
-    """Look up metrics by name, and import what they need; `field` of the config is for messages."""
+    """Look up metrics by name, and import the packages that they need; `field` is for error messages."""
     return [_select(name, field) for name in names]
 
 
@@ -112,7 +113,7 @@ NUMBER = re.compile(r"(?:(?<![\w)\]}%.])-[$€£]?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+
 
 
 def numeric(answer: str, reference: str) -> float:
-    """Whether both give the same number: the one after `####` (GSM8K, Cobbe et al. 2021), else the last one."""
+    """Whether both state the same number: the one after `####` (GSM8K, Cobbe et al. 2021), or else the last one."""
     found, wanted = final_number(answer), final_number(reference)
     return float(found is not None and found == wanted)
 
@@ -129,7 +130,7 @@ def json_valid(answer: str, _: str) -> float:
 
 
 def json_equal(answer: str, reference: str) -> float:
-    """Whether both are the same value: 1 equals 1.0 but not true, the order of keys does not count."""
+    """Whether both are the same JSON value: 1 equals 1.0 but not true; the order of keys does not matter."""
     found = _parse(answer)
     return float(found is not None and found == _parse(reference))
 
@@ -195,7 +196,7 @@ def _bleu_of_sums(sums: Array) -> Array:
 
 def _own(name: str) -> Score:
     function = import_function(name, "evaluation.metrics", "(answer, reference, prompt)")
-    count = 2  # 3 with the prompt: for a third parameter that is required, or is named so
+    count = 2  # 3 if there is a third parameter that is required or named prompt
     with contextlib.suppress(TypeError, ValueError):  # a built-in without a signature
         third = [*inspect.signature(function).parameters.values()][2:3]
         count += any(p.kind <= p.POSITIONAL_OR_KEYWORD and (p.default is p.empty or p.name == "prompt") for p in third)
@@ -207,7 +208,8 @@ def _own(name: str) -> Score:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"evaluation.metrics: {name}: {reason} (answer {sample[0]!r:.60})") from None
         if not math.isfinite(value):
-            raise UserError(f"evaluation.metrics: {name}: returned {value} for the answer {sample[0]!r:.60}")
+            fix = "return a finite number"
+            raise UserError(f"evaluation.metrics: {name}: returned {value} for the answer {sample[0]!r:.60}: {fix}")
         return value
 
     return score

@@ -1,13 +1,13 @@
 """How certain is a figure? The paired bootstrap.
 
-A perplexity on 200 samples is a perplexity of those 200 samples; others would give another. The bootstrap (Efron 1979,
-"Bootstrap methods: another look at the jackknife") estimates how different: resample 200 of the 200 with replacement,
-compute the figure again, ten thousand times; the middle 95 % of the results is the interval. Two models are compared on
-the same resamples, so that what makes a sample hard for both cancels out.
+A perplexity on 200 samples is the perplexity of just those samples; others would give a different one. The bootstrap
+(Efron 1979, "Bootstrap methods: another look at the jackknife") estimates how different: resample 200 of the 200 with
+replacement and compute the figure again, ten thousand times; the middle 95 % of the results is the interval. Two models
+are compared on the same resamples, so that the difficulty of a sample cancels out.
 
 Every figure here is a function of sums over the samples: a mean is sum of scores / number, a loss is sum of nats / sum
-of tokens, BLEU is made of ten sums. Resampling is then a matrix product of how often each sample was chosen,
-(resamples, n), with what each sample adds to the sums, (n, k). Below about thirty samples, the interval is too narrow.
+of tokens, BLEU depends on ten sums. Resampling is then a matrix product of the count of each sample, (resamples, n),
+and its contribution to the sums, (n, k). Below about thirty samples, the interval is too narrow.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def ratio(sums: Array) -> Array:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number about n samples: `of_sums` of the sums over what each of them adds, `parts` (n, k)."""
+    """One number about n samples: `of_sums` of the sums of their contributions, `parts` (n, k)."""
 
     parts: Array
     of_sums: Callable[[Array], Array] = ratio
@@ -76,8 +76,8 @@ def interval(figure: Figure, seed: int = 0) -> Interval:
 def compare(base: Figure, tuned: Figure, seed: int = 0) -> Comparison:
     """The paired bootstrap: both figures on the same resamples (Efron & Tibshirani 1993, chapter 13).
 
-    The p-value is twice the share of resamples on which the change has the other sign or is zero, with one added so
-    that it is never 0 (Davison & Hinkley 1997, section 4.2).
+    The p-value is twice the share of resamples on which the change is zero or has the opposite sign; one is added to
+    the counts, so that it is never 0 (Davison & Hinkley 1997, section 4.2).
     """
     pairs = [[f.of_sums(counts @ f.parts) for f in (base, tuned)] for counts in _resamples(seed, base, tuned)]
     before, after = [old for old, _ in pairs], [new for _, new in pairs]
@@ -100,7 +100,7 @@ def _interval(value: float, resampled: list[Array]) -> Interval:
 
 
 def _resamples(seed: int, *figures: Figure) -> Iterator[Array]:
-    """Blocks (m, n) of how often each sample is chosen in n draws with replacement; RESAMPLES rows in all.
+    """Blocks (m, n) of the count of each sample in n draws with replacement; RESAMPLES rows in all.
 
     None for a single sample, or if the parts are not finite.
     """

@@ -1,8 +1,8 @@
-"""What is an answer worth? The rewards of a step's answers, by the functions that `rl.reward` names.
+"""Rewards: scores of sampled answers, by the functions that `rl.reward` names.
 
-A built-in reward is a metric (`answers.py`), so what training raises is what evaluation measures. Your own reward is
-`def function(prompt, answer, record)`, of texts and of the record as it stands in its file: a number, larger being
-better. A function that fails says so in one line and costs its answer, not the run: the answer has no reward, NaN.
+A built-in reward is a metric (`answers.py`), so that training maximizes what evaluation measures. A user-defined reward
+is `def function(prompt, answer, record)` of two texts and the record as read from its file; it returns a number, and
+larger is better. A function that fails costs one warning and its answer, not the run: that answer's reward is NaN.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class Prompt:
     reference: str  # may be empty
     tools: list[dict[str, Any]] | None = None
     template_args: dict[str, Any] = field(default_factory=dict)  # variables for the chat template
-    record: dict[str, Any] = field(default_factory=dict)  # for rewards: as it stands in its file
+    record: dict[str, Any] = field(default_factory=dict)  # for rewards: as read from its file
     where: str = ""  # file:line of the record
 
     @classmethod
     def of(cls, c: Conversation, at: int = -1) -> Prompt:
-        """What message `at` of a record answers."""
+        """The prompt to which message `at` of a record is the answer."""
         asked, answer = c.messages[:at], c.messages[at]["content"]
         return cls(asked, answer, c.tools, c.template_args, c.fields, f"{c.file}:{c.line}")
 
     @property
     def text(self) -> str:
-        """The message that is answered."""
+        """The message to answer."""
         return str(self.messages[-1]["content"])
 
 
@@ -63,9 +63,9 @@ class Answered:
 
 
 class Rewards:
-    """The reward functions of a run, and how often each has failed.
+    """The reward functions of a run, and the number of failures of each.
 
-    `open_run(DIR)` gives the reward model of a name run:DIR, a function of many answers.
+    `open_run(DIR)` returns the reward model of a name run:DIR, a function of many answers.
     """
 
     def __init__(self, rl: RLConfig, log: Callable[[str], None] = print, open_run: Callable[[str], Any] = str):
@@ -76,7 +76,7 @@ class Rewards:
         self.failures: Counter[str] = Counter()
         self.first_failure = ""
         if self.timeout and not can_interrupt():
-            self.log("warning: rl.reward_timeout: has no effect here, without SIGALRM in the main thread")
+            self.log("warning: rl.reward_timeout: no effect here: it needs SIGALRM and the main thread")
 
     @property
     def columns(self) -> list[str]:
@@ -84,12 +84,12 @@ class Rewards:
         return ["reward", *(f"rewards/{name}" for name in self.names)]
 
     def score(self, answers: Sequence[Answered]) -> Array:
-        """What each function says of each answer, (answers, functions) float64; NaN: it failed."""
+        """The reward of each answer by each function, (answers, functions) float64; NaN: it failed."""
         columns = [self._column(*named, answers) for named in zip(self.names, self.functions, strict=True)]
         return np.array(columns, np.float64).reshape(len(columns), len(answers)).T
 
     def _column(self, name: str, function: Any, answers: Sequence[Answered]) -> list[float]:
-        """What one function says; a reward model is asked about all answers at once, and if that fails about each."""
+        """The rewards by one function; a reward model scores all answers at once or, if that fails, one by one."""
         if (judge := self.models.get(name)) is None:
             return [self._call(name, function, one) for one in answers]
         try:
@@ -110,26 +110,26 @@ class Rewards:
             if math.isfinite(value):
                 return value
             reason = f"returned {value}"
-        except Exception as error:  # the function is the user's program, and so is the mistake
+        except Exception as error:  # a mistake in the user's own function
             if name in self.models and is_out_of_memory(error):
                 raise
-            reason = f"{one_line(''.join(traceback.format_exception_only(error))):.200}"  # its own text may fail, too
+            reason = f"{one_line(''.join(traceback.format_exception_only(error))):.200}"  # str(error) may fail too
         self.failures[name] += 1
         if self.failures[name] == 1:
             what = f"rl.reward: {name}: {reason} at {answered.prompt.where} (answer {answered.answer!r:.60})"
             self.first_failure = self.first_failure or what
-            self.log(f"warning: {what}: this answer is skipped, as further ones will be")
+            self.log(f"warning: {what}: answers for which it fails are skipped")
         return math.nan
 
 
 def reward_function(name: str) -> Callable[[Answered], Any]:
-    """A metric, or the user's own `package.module:function`, as a function of an answer."""
+    """A metric, or the user's `package.module:function`, as a function of an answer."""
     if is_function(name) and name.partition(":")[0] not in METRICS:
         function = import_function(name, "rl.reward", "(prompt, answer, record)")
         return lambda a: function(a.prompt.text, a.answer, a.prompt.record)
     metric = select_metrics([name], "rl.reward")[0]
     if metric.entry.of_sums:
-        raise UserError(f"rl.reward: {name}: measures a whole set of answers, not one: choose another")
+        raise UserError(f"rl.reward: {name}: measures a whole set of answers, not a single one: choose another metric")
     return lambda a: metric.score(a.answer, a.reference, a.prompt.text)
 
 
@@ -138,11 +138,11 @@ def can_interrupt() -> bool:
 
 
 class Alarm(BaseException):
-    """The time is up: no Exception, so that a function which catches those ends all the same."""
+    """The time limit; not an Exception, so that a function that catches exceptions cannot swallow it."""
 
 
 def call_within(seconds: float, call: Callable[[], float]) -> float:
-    """What `call` returns; a TimeoutError after so many seconds, by SIGALRM. Without that, or for 0: no limit."""
+    """Return call(); raise a TimeoutError after `seconds`, by SIGALRM. Without SIGALRM, or for 0: no limit."""
     if not seconds or not can_interrupt():
         return call()
 
@@ -150,7 +150,7 @@ def call_within(seconds: float, call: Callable[[], float]) -> float:
         raise Alarm
 
     before, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
-    left, interval = signal.getitimer(signal.ITIMER_REAL)  # of a timer that runs already
+    left, interval = signal.getitimer(signal.ITIMER_REAL)  # of a timer that is already running
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -1,9 +1,9 @@
-"""An adapter as files, in the format of the PEFT library, so that other tools can read it and theirs can be read here.
+"""Read and write adapters in the format of the PEFT library, which other tools share.
 
 adapter_config.json describes the adapter; adapter_model.safetensors holds its tensors under PEFT's names. PEFT's format
-has no field for how the base was quantized in training; that goes into a file of its own, nanoft.json.
+has no field for the quantization of the base in training, which goes into a separate file, nanoft.json.
 
-A checkpoint also holds what only some variants have, such as PiSSA's A0 and B0, which a decomposition repeated on
+A checkpoint also holds tensors that only some variants have, such as PiSSA's A0 and B0, which a decomposition on
 another machine would not reproduce exactly.
 """
 
@@ -49,10 +49,10 @@ NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys i
 PEFT_PREFIX = "base_model.model."
 A, B = "lora_A.weight", "lora_B.weight"
 A_EMBEDDING = LoRAEmbedding.NAMES["lora_A"]
-# What follows a module's name.
+# The part of a tensor's name after the module.
 PART = re.compile(r"\.(lora_\w+(?:\.weight)?|token_adapter\.\w+|(?:base_layer\.)?(?:weight|bias))$")
 FACTOR_A = re.compile(r"\.lora_(?:embedding_)?A(?:\.weight)?$")
-# Other spellings of PEFT's names: with the name of the adapter (`.default`), as a state dict has it.
+# Variants of PEFT's names: with the name of the adapter (`.default`), as in a state dict.
 SPELLINGS = [
     (r"\.(lora_[AB])\.\w+\.weight$", r".\1.weight"),
     (r"\.(lora_embedding_[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)[\w.]*$", r".\1"),
@@ -64,7 +64,7 @@ PEFT_FIELDS = """
     inference_mode revision megatron_core qalora_group_size runtime_config rank_pattern alpha_pattern
     exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
-# ... and fields that do, with the supported values. Any other field must be unset.
+# ... and fields that do change it, with the supported values. Any other field must be unset.
 PEFT_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", "all", "lora_only"),
@@ -105,11 +105,11 @@ def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
 def load_adapter_tensors(adapters: dict[str, Adapter], tensors: dict[str, Tensor], source: str) -> None:
     """Copy tensors with PEFT's names into the adapters; a UserError names those that do not fit."""
     expected, tensors = adapter_tensors(adapters), dict(tensors)
-    for name, adapter in adapters.items():  # PEFT may store the base's weight beside an adapter of the embedding
+    for name, adapter in adapters.items():  # PEFT may store the base's weight with an adapter of the embedding
         stored = tensors.pop(f"{PEFT_PREFIX}{name}.base_layer.weight", None)
         if stored is not None and not torch.equal(stored, weight_of(adapter.base).to(stored)):
             fix = "merge it with PEFT (merge_and_unload) and use the result as a model"
-            raise UserError(f"{source}: {name}.base_layer.weight is not the base's: {fix}")
+            raise UserError(f"{source}: {name}.base_layer.weight differs from the base: {fix}")
     if wrong := sorted(expected.keys() ^ tensors.keys()):
         what = f"first {wrong[0]} ({'missing' if wrong[0] in expected else 'unexpected'})"
         raise UserError(f"{source}: {len(wrong)} tensors do not match this model, {what}: is it the right base?")
@@ -161,7 +161,7 @@ def save_adapter(
 
 
 def name_in_peft(config: DecoderConfig, name: str) -> str:
-    """The name that transformers gives to a part of the decoder, or PEFT to a part of its adapter."""
+    """The name in transformers of a part of the decoder, or in PEFT of a part of its adapter."""
     prefix, place = PEFT_PREFIX * name.startswith(PEFT_PREFIX), name.removeprefix(PEFT_PREFIX)
     if config.wrapped:
         place = re.sub(r"^model\.", "model.language_model.", place)
@@ -215,7 +215,7 @@ def sum_adapters(
 
 
 def fold_patterns(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The same adapter with one rank and one alpha: smaller ranks padded with zeros, other scalings put into B."""
+    """The same adapter with one rank and one alpha: smaller ranks are padded with zeros, scalings folded into B."""
     ranks, scale, folded = ranks_of(tensors), _scaling(lora, ""), dict(tensors)
     rank = max(ranks.values())
     for name, tensor in tensors.items():
@@ -270,9 +270,9 @@ def only_linears(adapters: dict[str, Adapter], whose: str, fix: str) -> dict[str
     linears = {name: adapter for name, adapter in adapters.items() if isinstance(adapter, LoRALinear)}
     for name, adapter in adapters.items():
         if name not in linears or isinstance(adapter, LoRAEmbedding):
-            raise UserError(f"{whose} adapters cannot hold what was trained of {name}: {fix}")
+            raise UserError(f"{whose} adapters cannot store the trained {name}: {fix}")
         if adapter.bias is not None:
-            raise UserError(f"{whose} has no trained biases: {name}: {fix}")
+            raise UserError(f"{whose} adapters cannot store the trained bias of {name}: {fix}")
     return linears
 
 
@@ -281,8 +281,8 @@ def save_mlx(
 ) -> None:
     """Write adapters.safetensors and adapter_config.json in the format of mlx-lm.
 
-    There A and B are transposed, lora_a (in, r) and lora_b (r, out), and all modules share one rank and one scale: a
-    smaller rank is padded with zeros, another scale goes into lora_b. Trained biases are refused.
+    There A and B are transposed, lora_a (in, r) and lora_b (r, out), and all modules share one rank and one scale:
+    smaller ranks are padded with zeros, and other scales folded into lora_b. Trained biases are refused.
     """
     linears = only_linears(adapters, "--format mlx: mlx-lm", "merge the adapter with --format hf")
     plain, stored = fold_patterns(*as_plain_lora(lora, adapter_tensors(adapters)))
@@ -304,7 +304,7 @@ def save_mlx(
 
 
 def _mlx_names(module: str, family: str) -> list[str]:
-    """What mlx-lm calls a module: two names where gate and up are linears of their own there."""
+    """The names of a module in mlx-lm: two if gate and up are separate linears there."""
     if family == "granitemoehybrid":
         return [module.replace("gate_up", part) for part in ("gate", "up")] if "gate_up" in module else [module]
     return [re.sub(r"^(transformer\.h|gpt_neox\.layers)\.", "model.h.", file_name(family, module))]
@@ -324,11 +324,11 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
     with_a, with_b = ({module for module, part in parts if part == factor} for factor in (A, B))
     if (incomplete := sorted(with_a ^ with_b)) or not any(part.startswith("lora_") for _, part in parts):
         who = incomplete[0] if incomplete else "the adapter"
-        raise UserError(f"{weights}: {who} lacks lora_A or lora_B: copy the complete adapter directory")
+        raise UserError(f"{weights}: {who} has no lora_A or no lora_B: copy the complete adapter directory")
     try:
         with time_limit(MATCHING_SECONDS, "target_modules, rank_pattern, alpha_pattern"):
             lora = _settings(config, tensors, places)
-            for module, have in ranks_of(tensors).items():  # before memory for the ranks of the settings is allocated
+            for module, have in ranks_of(tensors).items():  # before memory for these ranks is allocated
                 if have != (rank := by_pattern(lora.rank_pattern, module, lora.rank)):
                     raise UserError(f"{module} has rank {have}, but adapter_config.json says {rank}")
     except UserError as error:
@@ -338,9 +338,9 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
 
 
 def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[str, str]) -> LoRAConfig:
-    """adapter_config.json as settings; a field that is not known here could change the result and is refused.
+    """adapter_config.json as settings; an unknown field could change the result and is refused.
 
-    Some depend on which tensors there are. `places`: the modules' names in the file, which expressions there match.
+    Some settings depend on the tensors. `places`: the modules' names in the file, which its expressions match.
     """
     for key, value in config.items():
         if value and key not in PEFT_FIELDS and value not in PEFT_VALUES.get(key, ()):
@@ -367,7 +367,7 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
     keys = (*lora.rank_pattern, *lora.alpha_pattern)
     has_idle_key = not all(any(by_pattern({key: 1}, place, 0) for place in places.values()) for key in keys)
     if narrowed or has_idle_key or any(place != name for name, place in places.items()):
-        # The tensors say which modules have adapters; the patterns, what ranks and alphas these have.
+        # The tensors determine the modules with adapters; the patterns determine their ranks and alphas.
         ranks = {name: by_pattern(lora.rank_pattern, place, lora.rank) for name, place in places.items()}
         alphas = {name: by_pattern(lora.alpha_pattern, place, lora.alpha) for name, place in places.items()}
         lora = _with_ranks(lora, ranks, alphas)
@@ -375,16 +375,16 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
 
 
 def standard_names(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under the names that PEFT gives them now, whatever wrapped the model or named the adapter.
+    """Tensors under PEFT's current names, whatever wrapped the model or named the adapter.
 
-    And the name in the file of each module with a low-rank adapter, which the expressions beside it mean.
+    Also the name in the file of each module with a low-rank adapter, which the expressions in its config match.
     """
     found, places = dict[str, Tensor](), dict[str, str]()
     for stored, tensor in tensors.items():
         if ".original_module." in stored or ".token_adapter.base_layer." in stored:
             continue  # of the base
         place, dot, part = stored.removeprefix(PEFT_PREFIX).partition(".lora_")
-        if re.match(TOWERS, place):  # PEFT adapts them, too: text leaves B = 0
+        if re.match(TOWERS, place):  # PEFT adapts these too; training on text leaves B = 0
             if part.startswith("B") and tensor.any():
                 raise UserError(f"{path}: {stored}: was trained on images, which are not supported: train on text")
             continue
@@ -392,7 +392,7 @@ def standard_names(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Te
         for pattern, standard in SPELLINGS:
             name = re.sub(pattern, standard, name)
         if name in found and not torch.equal(found[name], tensor):
-            raise UserError(f"{path}: {stored}: a second tensor for {name}: save one adapter alone")
+            raise UserError(f"{path}: {stored}: a second tensor for {name}: save a single adapter")
         found[name] = tensor
         if dot:
             places[_split(name)[0]] = place
@@ -400,7 +400,7 @@ def standard_names(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Te
 
 
 def vocabulary_of(lora: LoRAConfig, tensors: dict[str, Tensor]) -> int:
-    """How many tokens a model must have for this adapter, as far as the adapter knows."""
+    """The smallest vocabulary that a model must have for this adapter, as far as its tensors tell."""
     axes = {f"embed_tokens.{A_EMBEDDING}": 1, "embed_tokens.weight": 0, "lm_head.weight": 0, f"lm_head.{B}": 0}
     sizes = [max(ids) + 1 for ids in lora.trainable_token_indices.values() if ids]
     for end, axis in axes.items():

@@ -1,9 +1,9 @@
-"""Model families: what a Hugging Face `config.json` says, as the switches of the one decoder in nanoft/model.py.
+"""Model families: translate a Hugging Face `config.json` into the switches of the one decoder in nanoft/model.py.
 
-`FAMILIES` has one entry per family: how to read its config.json, its name in llama.cpp, and where its files name fields
-or tensors in another way than most: everything outside nanoft/models has the decoder's names. A field that the family
-does not read is refused: a setting that is silently ignored is a model that is silently wrong. A new family is an entry
-and, if no combination of switches describes it, a new switch in the decoder.
+`FAMILIES` has one entry per family: how to read its config.json, its name in llama.cpp, and fields or tensors that its
+files name differently from most; only nanoft/models knows these names. A field that the family does not read is
+refused, because a setting that is silently ignored makes a model silently wrong. A new family is an entry and, if no
+combination of switches describes it, a new switch in the decoder.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from nanoft import UserError
@@ -37,12 +38,12 @@ class Family:
     """How an architecture of transformers maps to the decoder."""
 
     architecture: str  # its name in config.json
-    switches: Callable[[Fields], dict[str, Any]]  # config.json -> the DecoderConfig fields in which families differ
-    fields: Sequence[str]  # of config.json that `switches` reads, besides READ_FIELDS
+    switches: Callable[[Fields], dict[str, Any]]  # config.json -> the DecoderConfig fields that differ by family
+    fields: Sequence[str]  # fields of config.json that `switches` reads, besides READ_FIELDS
     gguf: str | None  # its name in llama.cpp; None: not exported
-    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # fields that may have these values alone
-    field_names: dict[str, str] = field(default_factory=dict)  # READ_FIELDS -> what its config.json calls them
-    names: tuple[tuple[str, str], ...] = ()  # parts of names in files, and what the decoder calls them
+    only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # fields for which only these values are supported
+    field_names: dict[str, str] = field(default_factory=dict)  # READ_FIELDS -> their names in its config.json
+    names: tuple[tuple[str, str], ...] = ()  # parts of names in files, and their names in the decoder
     transposed: bool = False  # the weights of linears in blocks are stored as (in, out) (Conv1D in transformers)
 
 
@@ -53,8 +54,8 @@ READ_FIELDS = """
     original_max_position_embeddings tie_word_embeddings hidden_act attention_dropout quantization_config
     partial_rotary_factor
 """.split()  # noqa: SIM905
-# ... and fields that do not affect the logits, as those that begin with _, among them settings of generation that
-# transformers once kept there.
+# ... and fields that do not affect the logits (like all that begin with _), among them generation settings that older
+# versions of transformers stored there.
 HARMLESS_FIELDS = """
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
     torch_dtype dtype transformers_version use_cache tokenizer_class model_max_length max_length max_sequence_length
@@ -78,7 +79,7 @@ OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_con
 
 
 def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
-    """Read a Hugging Face `config.json`; a UserError for a field that may change the logits and is not known here.
+    """Read a Hugging Face `config.json`; raises a UserError for an unknown field that may change the logits.
 
     A field that is missing or of the wrong type may raise any other exception.
     """
@@ -124,7 +125,7 @@ def text_fields(hf: dict[str, Any]) -> dict[str, Any]:
         return hf
     towers, text = found[0], hf.get("text_config")
     if not isinstance(text, dict):
-        raise UserError(f"text_config: {text!r:.60} is not the fields of the text tower: download the file again")
+        raise UserError(f"text_config: {text!r:.60} is not a JSON object: download the file again")
     if (kind := text.get("model_type", next(iter(towers)))) not in list(towers):
         raise UserError(f"text_config: model_type: {kind!r:.60} is not supported: only {', '.join(towers)}")
     outer = {name: hf[name] for name in OUTER_FIELDS if name in hf} | {"architectures": [FAMILIES[kind].architecture]}
@@ -132,19 +133,19 @@ def text_fields(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def standard_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the text tower, those of READ_FIELDS under the names that most families have for them, too."""
+    """The fields of the text tower, in which those of READ_FIELDS also have the names that most families use."""
     text = text_fields(hf)
     own = FAMILIES[find_family(text)].field_names
     return {**text, **{name: text.get(here) for name, here in own.items() if here in text or name not in text}}
 
 
 def module_name(name: str) -> str:
-    """What the decoder calls a tensor or module that a file of any family names."""
+    """The decoder's name of a tensor or module in a file of any family."""
     return _renamed(name, (pair for family in FAMILIES.values() for pair in family.names))
 
 
 def file_name(family: str, name: str) -> str:
-    """What the files of a family call a tensor or module of the decoder."""
+    """The name that a family's files use for a tensor or module of the decoder."""
     return _renamed(name, ((own, here) for here, own in FAMILIES[family].names))
 
 
@@ -156,7 +157,7 @@ def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def score_architecture(family: str) -> str:
-    """The name of a reward model."""
+    """The architecture of a family's reward model."""
     return re.sub("ForCausalLM|LMHeadModel", SCORES, FAMILIES[family].architecture)
 
 
@@ -181,24 +182,24 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
     for name, values in supported.items():
         if hf.get(name) not in (*values, None):
             right = repr(values[0]) if values else None
-            raise UserError(f"{name}: {hf[name]!r} is not supported: set it to {right} if that is right")
+            raise UserError(f"{name}: {hf[name]!r} is not supported: only {right} is")
     entry = FAMILIES[family]
     known = {*READ_FIELDS, *HARMLESS_FIELDS, *entry.fields, *entry.only, *entry.field_names.values()}
     for name, value in hf.items():
         if value and name not in known and not name.startswith("_"):
             what = f"unknown field of {family}, which may change the model"
-            raise UserError(f"{name}: {value!r:.60}: {what}: remove it from config.json if it does not")
+            raise UserError(f"{name}: {value!r:.60}: {what}: if it does not, remove it from config.json")
 
 
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
-    """The fields with the rope in both forms; transformers 4 and 5 each use a default if only the other's is there."""
+    """The fields with the rope in the forms of transformers 4 and 5, which use a default if theirs is missing."""
     ropes, share, family = decoder_config({**hf}).distinct_ropes, dict[str, Any](), FAMILIES[find_family(hf)]
     if not ropes or find_family(hf).startswith("gemma4"):  # which version 4 does not know
         return {**hf}
     rope, *local = ropes
     current = full = current_form(rope)
     classic = None if rope.kind == "default" else {**full, "type": rope.kind}
-    if rope.kind == "longrope":  # where version 4 knows it, in Phi-3, it takes exactly these
+    if rope.kind == "longrope":  # version 4 supports it in Phi-3 only, with exactly these fields
         classic = {"type": rope.kind, **{key: full[key] for key in ("short_factor", "long_factor")}}
         share["original_max_position_embeddings"] = rope.context
     if rope.share != 1 or "partial_rotary_factor" in family.field_names:
@@ -254,13 +255,13 @@ def _attention_bias(hf: Fields) -> dict[str, bool]:
 
 
 def _gemma2(hf: Fields) -> dict[str, Any]:
-    """Every second layer sees a window only, from the first on."""
+    """Every second layer, from the first on, attends within a window only."""
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     return {**_gemma({**caps, **hf}), "windows": window_but_every(2, hf, 4096)}
 
 
 def _gemma3(hf: Fields) -> dict[str, Any]:
-    """Five of six layers see a window only, and have a rope of their own."""
+    """Five of six layers attend within a window only, and have a rope of their own."""
     windows = window_but_every(hf.get("sliding_window_pattern") or 6, hf, 4096)
     local = {"rope_theta": hf.get("rope_local_base_freq") or 10000.0}
     return {
@@ -283,18 +284,18 @@ def _ministral3(hf: Fields) -> dict[str, Any]:
 
 
 def _olmo2(hf: Fields) -> dict[str, Any]:
-    """Norms on outputs only; queries and keys are normed over all heads together."""
+    """Norms on outputs only; queries and keys are normalized over all heads together."""
     return {"norms": "output", "qk_norm": "width", **_attention_bias(hf)}
 
 
 def _olmo3(hf: Fields) -> dict[str, Any]:
-    """Three of four layers see a window only, and positions are stretched in the others alone."""
+    """Three of four layers attend within a window only; only the others stretch positions."""
     windows, local = window_but_every(4, hf, 4096), {"rope_theta": hf.get("rope_theta", 5e5)}
     return {**_olmo2(hf), "windows": windows, "ropes": read_ropes({"rope_theta": 5e5, **hf}, windows, local)}
 
 
 def _exaone4(hf: Fields) -> dict[str, Any]:
-    """Where three of four layers see a window only, the others do not rotate."""
+    """In models in which three of four layers attend within a window only, the others do not rotate."""
     hybrid, every = hf.get("sliding_window", 4096) is not None, hf.get("sliding_window_pattern") or 4
     windows = window_but_every(every, hf, 4096) if hybrid else (None,) * hf["num_hidden_layers"]
     ropes = rope_in_some(read_rope(hf), [window is not None or not hybrid for window in windows])
@@ -336,7 +337,7 @@ def _seed_oss(hf: Fields) -> dict[str, Any]:
 
 
 def _gpt2(hf: Fields) -> dict[str, Any]:
-    """Learned positions instead of a rope; its dropout, of pre-training, is left out."""
+    """Learned positions instead of a rope; the dropout of pre-training is not applied."""
     return {
         **_classic(hf), "qkv": "fused", "activation": GELUS[hf.get("activation_function", "gelu_new")],
         "positions": hf["max_position_embeddings"], "ropes": (None,) * hf["num_hidden_layers"],
@@ -345,10 +346,10 @@ def _gpt2(hf: Fields) -> dict[str, Any]:
 
 
 def _gpt_neox(hf: Fields) -> dict[str, Any]:
-    """Both halves of a block see the same x; a quarter of each head rotates."""
+    """Attention and MLP of a block read the same x; a quarter of each head rotates."""
     bias, share = hf.get("attention_bias", True), hf.get("partial_rotary_factor") or 0.25
     rope, size = read_rope({**hf, "partial_rotary_factor": share}), hf["hidden_size"] // hf["num_attention_heads"]
-    if hf.get("head_dim") not in (None, size):  # transformers would take it for the rope alone
+    if hf.get("head_dim") not in (None, size):  # transformers would use it for the rope only
         raise UserError(f"head_dim: {hf['head_dim']} is not supported: only hidden_size / num_attention_heads, {size}")
     return {
         **_classic(hf), "qkv": "interleaved", "activation": GELUS[hf.get("hidden_act", "gelu")], "qkv_bias": bias,
@@ -372,9 +373,10 @@ GEMMA_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
 }
 GEMMA_ONLY |= {"use_bidirectional_attention": (False,), "cache_implementation": ("hybrid",)}
+GEMMA4: tuple[Any, ...] = (gemma4.FIELDS, "gemma4", gemma4.ONLY)
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "residual_dropout"), (0.0,))
 GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
-# What only experts and state-space layers use.
+# Fields that only experts and state-space layers use.
 GRANITE4 = """
     layer_types num_local_experts num_experts_per_tok output_router_logits router_aux_loss_coef mamba_n_heads
     mamba_n_groups mamba_d_state mamba_d_head mamba_d_conv mamba_expand mamba_chunk_size mamba_conv_bias
@@ -413,10 +415,8 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
     ),
-    "gemma4_text": Family("Gemma4ForCausalLM", gemma4.read_text, gemma4.FIELDS, "gemma4", gemma4.ONLY),
-    "gemma4_unified_text": Family(
-        "Gemma4UnifiedForCausalLM", gemma4.read_unified, gemma4.FIELDS, "gemma4", gemma4.ONLY
-    ),
+    "gemma4_text": Family("Gemma4ForCausalLM", partial(gemma4.read, window=512, size=256), *GEMMA4),
+    "gemma4_unified_text": Family("Gemma4UnifiedForCausalLM", partial(gemma4.read, window=1024, size=0), *GEMMA4),
     "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, "phi3", NO_DROPOUT),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), "olmo2"),
     "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), "olmo2"),
@@ -456,8 +456,8 @@ FAMILIES: dict[str, Family] = {  # by model_type
     ),
 }
 
-# Models of several towers, of which text is one: the families of its text_config, the default one first, each with
-# the values of fields that the files lack.
+# Models with several towers, one of them for text: the possible families of text_config, the default first, each with
+# default values of its fields.
 GEMMA3_TEXT = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
 WRAPPERS: dict[str, dict[str, Fields]] = {
     "Gemma3ForConditionalGeneration": {"gemma3_text": {**GEMMA3_TEXT, "max_position_embeddings": 131_072}},
@@ -468,9 +468,9 @@ WRAPPERS: dict[str, dict[str, Fields]] = {
 
 
 def _check_shape(config: DecoderConfig) -> None:
-    """Refuse values that no decoder can have, before they fail deep inside one."""
-    for own in map(config.of_layer, range(config.num_layers)):
-        heads, groups, size = own.num_heads, own.num_kv_heads, own.head_dim
+    """Refuse values that no decoder can have before they fail deep inside it."""
+    for layer in config.by_layer:
+        heads, groups, size = layer.num_heads, layer.num_kv_heads, layer.head_dim
         if heads % groups:
             raise UserError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads, {groups}")
         if size % 2 or size < 1:
@@ -480,14 +480,14 @@ def _check_shape(config: DecoderConfig) -> None:
     for window in config.windows:
         if window is not None and (type(window) is not int or not 1 <= window <= 1 << 31):
             raise UserError(f"sliding_window: {window!r:.60} is not a number of tokens")
-    for name, values in (("layer_types", config.windows), ("no_rope_layers", config.ropes)):
-        if len(values) != config.num_layers:
-            raise UserError(f"{name}: {len(values)} entries: give one for each of {config.num_layers} layers")
+    for name, own in (("layer_types", config.windows), ("no_rope_layers", config.ropes)):
+        if len(own) != config.num_layers:
+            raise UserError(f"{name}: {len(own)} entries: give one for each of the {config.num_layers} layers")
     for rope in config.distinct_ropes:
         size = rope.head_dim or config.head_dim
         rotated = int(size * rope.share)
         if rotated % 2 or not rotated:
-            raise UserError(f"partial_rotary_factor: {rope.share}: {rotated} of {size} dimensions: not pairs")
+            raise UserError(f"partial_rotary_factor: {rope.share} rotates {rotated} of {size} dimensions, not pairs")
         for name in ROPE_FIELDS["longrope"][0].split() if rope.kind == "longrope" else ():
             if len(rope.parameters[name]) != rotated // 2:
                 have = f"{len(rope.parameters[name])} numbers"

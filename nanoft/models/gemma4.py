@@ -29,16 +29,12 @@ ROPES: dict[str, Any] = {
 }
 
 
-def read_text(hf: Fields) -> dict[str, Any]:
-    """The switches of the models with per-layer embeddings, unless their size is 0, and of the others."""
-    size, vocabulary = hf.get("hidden_size_per_layer_input", 256), hf.get("vocab_size_per_layer_input", 262_144)
+def read(hf: Fields, window: int, size: int) -> dict[str, Any]:
+    """The switches; sliding_window and hidden_size_per_layer_input are `window` and `size` if they are missing."""
+    size, vocabulary = hf.get("hidden_size_per_layer_input", size), hf.get("vocab_size_per_layer_input", 262_144)
     if size and vocabulary != hf["vocab_size"]:
         raise UserError(f"vocab_size_per_layer_input: {vocabulary} is not vocab_size, {hf['vocab_size']}")
-    return {**read_unified({"sliding_window": 512, **hf}), "per_layer_size": size}
-
-
-def read_unified(hf: Fields) -> dict[str, Any]:
-    windows = (*window_but_every(6, hf, 1024)[:-1], None)  # the last layer sees everything
+    windows = (*window_but_every(6, hf, window)[:-1], None)  # the last layer sees everything
     layers = read_layers(hf, windows)
     ropes = read_ropes({**hf, "rope_parameters": hf.get("rope_parameters") or ROPES}, windows, {})
     return {
@@ -46,7 +42,7 @@ def read_unified(hf: Fields) -> dict[str, Any]:
         "head_dim": hf.get("head_dim") or 256, "attention_scale": 1.0, "embedding_scale": hf["hidden_size"] ** 0.5,
         "logit_cap": hf.get("final_logit_softcapping"), "tied": hf.get("tie_word_embeddings", True),
         "qkv_bias": bool(hf.get("attention_bias")), "o_bias": bool(hf.get("attention_bias")),
-        "windows": windows, "layers": layers,
+        "windows": windows, "layers": layers, "per_layer_size": size,
         "ropes": tuple(replace(r, head_dim=own.get("head_dim", 0)) for r, own in zip(ropes, layers, strict=True)),
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What families share in a config.json: types of values, how far each layer sees, and how positions become angles."""
+"""Fields of a config.json that families share: types of values, each layer's attention window, and the rope."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nanoft.blocks.rope import Rope
 
 Fields = Mapping[str, Any]  # of a config.json
 
-# Fields that are positive numbers if they are there; those of the second list cannot be null.
+# Fields that must be positive numbers if present; those of the second list cannot be null.
 CAPS = "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping".split()  # noqa: SIM905
 MULTIPLIERS = "embedding_multiplier residual_multiplier attention_multiplier logits_scaling".split()  # noqa: SIM905
 YES_OR_NO = "tie_word_embeddings attention_bias attention_out_bias mlp_bias use_sliding_window".split()  # noqa: SIM905
-# Fields of each type of rope besides those of all types: first the ones that it needs, then the others.
+# Fields of each rope type besides those of all types: required ones first, then optional ones.
 ROPE_FIELDS = {
     "default": ("", ""),
     "linear": ("factor", ""),
@@ -39,7 +39,7 @@ def is_positive(value: Any) -> bool:
 
 
 def refuse_wrong_types(hf: Fields) -> None:
-    """Refuse values of fields that would fail, or compute something else, only when the model runs."""
+    """Refuse values that would otherwise fail, or give wrong results, only when the model runs."""
     for name in (*CAPS, *MULTIPLIERS, "original_max_position_embeddings"):
         value = hf.get(name, 1)
         if not is_positive(value) and (value is not None or name in MULTIPLIERS):
@@ -50,10 +50,10 @@ def refuse_wrong_types(hf: Fields) -> None:
 
 
 def read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:
-    """Classic form: rope_theta and rope_scaling; current form: rope_parameters has both, and its theta counts."""
+    """Classic form: rope_theta and rope_scaling; current form: rope_parameters has both, and its theta wins."""
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {} if scaling is None else scaling
     if not isinstance(scaling, Mapping):
-        raise UserError(f"rope_parameters: {scaling!r:.60} is not a type and its fields")
+        raise UserError(f"rope_parameters: {scaling!r:.60} is not an object with a rope type and its fields")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     kind = OLD_ROPES.get(str(kind), kind)
     if kind not in list(ROPE_FIELDS):
@@ -78,14 +78,14 @@ def read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:
         parameters["original_max_position_embeddings"] = outer or inner or longest
     context = longest if kind == "dynamic" else int(outer or inner or longest) if kind == "longrope" else 0
     if kind == "longrope" and context < 2:
-        raise UserError(f"original_max_position_embeddings: {context} is not the length of pre-training")
+        raise UserError(f"original_max_position_embeddings: {context} is not a context length of pre-training")
     if kind == "longrope" and scaling.get("attention_factor") is None:
         factor = longest / context if outer else scaling.get("factor") or longest / context
         parameters["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
     shares = (scaling.get("partial_rotary_factor"), hf.get("partial_rotary_factor"))
     share = next((value for value in shares if value is not None), 1.0)
     if type(share) not in (int, float) or not 0 < share <= 1:
-        raise UserError(f"partial_rotary_factor: {share!r:.60} is not a share between 0 and 1")
+        raise UserError(f"partial_rotary_factor: {share!r:.60} is not between 0 and 1")
     if kind == "proportional":  # of pairs, among those of the whole head
         parameters["partial_rotary_factor"], share = share, 1.0
     growth = float(scaling.get("llama_4_scaling_beta") or 0)
@@ -101,7 +101,7 @@ def current_form(rope: Rope) -> dict[str, Any]:
 
 
 def read_windows(hf: Fields, window: int | None, first: int = 0) -> tuple[int | None, ...]:
-    """The window of each layer: in those that layer_types names, or without it from layer `first` on."""
+    """The window of each layer: according to layer_types, or without that field from layer `first` on."""
     by_type = dict(zip(KINDS, (None, window), strict=True))
     kinds = hf.get("layer_types")
     if not kinds:
@@ -122,8 +122,8 @@ def window_but_every(n: int, hf: Fields, window: int) -> tuple[int | None, ...]:
 
 
 def read_ropes(hf: Fields, windows: tuple[int | None, ...], local: Fields) -> tuple[Rope, ...]:
-    """The rope of each layer by its kind: rope_parameters has one for each kind, or older files only one; then `local`
-    is that of the layers with a window."""
+    """The rope of each layer by its kind; in older files, rope_parameters has only one, and layers with a window use
+    `local`."""
     both = hf.get("rope_parameters") or {}
     if "full_attention" in both:
         if "sliding_attention" not in both:
@@ -135,7 +135,7 @@ def read_ropes(hf: Fields, windows: tuple[int | None, ...], local: Fields) -> tu
 
 
 def rope_in_some(rope: Rope, has_rope: Sequence[Any]) -> tuple[Rope | None, ...]:
-    """The rope of each layer that rotates; one of them must."""
+    """The rope of each layer, None for layers that do not rotate; at least one must."""
     if not any(has_rope) or any(own not in (0, 1) for own in has_rope):
-        raise UserError(f"no_rope_layers, layer_types: {has_rope!r:.60}: 1 for each layer that rotates, at least one")
+        raise UserError(f"no_rope_layers, layer_types: {has_rope!r:.60}: at least one layer must rotate (1), others 0")
     return tuple(rope if own else None for own in has_rope)

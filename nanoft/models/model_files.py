@@ -1,4 +1,4 @@
-"""A model's directory, local or downloaded from the Hub into its cache: looked up once, its config.json read once."""
+"""Find a model's directory, local or downloaded from the Hub into its cache, and read its config.json once."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Block = tuple[int, int]  # rows and columns of a weight in FP8 that share a scal
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of plain weights
 HEAD, EMBEDDING, SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
-BNB, FP8 = "bitsandbytes", "fp8"  # of quantization_config: quant_method, which the first did not have once
-# Other spellings of the decoder's names: with what DDP, torch.compile, FSDP and activation checkpointing put into them,
-# with outer modules, or without the decoder's own.
+BNB, FP8 = "bitsandbytes", "fp8"  # quant_method in quantization_config; missing in old files of bitsandbytes
+# Variants of the decoder's names: with parts inserted by DDP, torch.compile, FSDP or activation checkpointing, with
+# outer modules, or without the decoder's own.
 OUTER = r"^(?:(?:base_model|model|language_model)\.)*"
 SPELLINGS = [
     (r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
@@ -40,7 +40,7 @@ SPELLINGS = [
 ]
 # Of a wrapper besides text: never loaded.
 TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio|vision_embedder)\."
-# What a directory or repository without a model's files is, by a file in it, and what to name instead.
+# A directory or repository without a model's files: a file in it -> what it is, and what to name instead.
 INSTEAD = {
     "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "
     "train it further",
@@ -52,14 +52,14 @@ INSTEAD = {
         "safetensors, or convert it once (torch.load with weights_only=True, safetensors.torch.save_file)",
     ),
 }
-# Files that are downloaded: data, never code or pickles. The pattern of the weights excludes the second copy that some
-# models have as consolidated.safetensors.
+# Files that are downloaded: data, never code or pickles. The pattern for the weights excludes the second copy that some
+# models have in consolidated.safetensors.
 HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"]
 TOKENIZER_FILES = [
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "additional_chat_templates/*.jinja",
 ]  # fmt: skip
-PROCESSOR_FILES = ["preprocessor_config.json", "processor_config.json"]  # of images, which other tools ask for
+PROCESSOR_FILES = ["preprocessor_config.json", "processor_config.json"]  # for images; other tools require them
 ALL_FILES = (*HUB_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
 
 
@@ -68,12 +68,12 @@ class ModelFiles:
     """A model in the Hugging Face layout."""
 
     name: str  # a directory or a name on the Hub
-    directory: Path  # also of the tokenizer
+    directory: Path  # of the model and its tokenizer
     config: dict[str, Any]  # config.json
     decoder: DecoderConfig
-    quantization: Quantization | None  # in which bitsandbytes packed the stored weights
-    notes: tuple[str, ...] = ()  # where the weights are not what config.json says
-    towers: dict[str, TensorHeader] = field(default_factory=dict)  # tensors of a wrapper besides text, as they are
+    quantization: Quantization | None  # form in which bitsandbytes packed the stored weights
+    notes: tuple[str, ...] = ()  # where the weights contradict config.json
+    towers: dict[str, TensorHeader] = field(default_factory=dict)  # a wrapper's tensors besides text, unchanged
 
     @classmethod
     def read(cls, directory: Path, name: str = "") -> ModelFiles:
@@ -84,7 +84,7 @@ class ModelFiles:
         config = read_json(path)
         if {"provenance", "model", "training"} <= config.keys():
             instead = "its model/" if (directory / "model").is_dir() else f"its base, and lora.start_from={directory}"
-            raise UserError(f"{directory}: is a run, not a model: set model.name to {instead}")
+            raise UserError(f"{directory}: a run, not a model: set model.name to {instead}")
         try:
             shape, quantization = decoder_config(config), _quantization(text_fields(config))
         except UserError as error:
@@ -93,7 +93,7 @@ class ModelFiles:
             what = f"a field is missing or has the wrong type ({error})"
             raise UserError(f"{path}: {what}: download the file again") from None
         files = cls(name or str(directory), directory, config, shape, quantization)
-        with suppress(UserError):  # without all weights, as it says; what is wrong with them is said when they are read
+        with suppress(UserError):  # weights that are missing or damaged are reported when they are read
             return files.as_stored()
         return files
 
@@ -108,31 +108,31 @@ class ModelFiles:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What config.json says of the text tower."""
+        """The fields of config.json for the text tower."""
         return standard_fields(self.config)
 
     @property
     def description(self) -> str:
-        """Family and size; of a wrapper, what text is a tower of."""
+        """Family and size; for a text tower, also its wrapper."""
         whole = f", the text of {self.config['architectures'][0]}" if self.decoder.wrapped else ""
         return f"{self.decoder.family}{whole}, {self.decoder.num_layers} layers of {self.decoder.hidden_size}"
 
     @property
     def context_length(self) -> float:
-        """The positions that the model knows, stretched by its rope; infinite if config.json does not say."""
+        """The number of positions that the model supports, with its rope's scaling; infinite if unspecified."""
         length = self.fields.get("max_position_embeddings") or math.inf
         rope = self.decoder.rope.parameters
         return max(length, (rope.get("original_max_position_embeddings") or length) * (rope.get("factor") or 1))
 
     def shards(self) -> list[Path]:
-        """The safetensors files, from the index if there is one; a UserError if one is missing or outside."""
+        """The safetensors files, listed by the index if there is one; a UserError if one is missing or outside."""
         index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
         sharded = _indexed_shards(index) if os.path.lexists(index) else _numbered_shards(self.directory)
         if os.path.lexists(single) and sharded != [single]:
             is_whole = sharded and all(shard.is_file() for shard in sharded)
             if is_whole and not _same_weights(single, tuple(sharded)):
-                raise UserError(f"{single}: differs from the shards beside it: remove those that are outdated")
-            sharded = [single]  # shards that are not whole are a leftover
+                raise UserError(f"{single}: differs from the shards next to it: remove the outdated weights")
+            sharded = [single]  # incomplete shards are leftovers
         if not sharded:
             wanted = f"no weights here: expected {single.name} or {index.name}"
             raise UserError(explain_missing(self.directory) or f"{self.directory}: {wanted}")
@@ -143,7 +143,7 @@ class ModelFiles:
         return sharded
 
     def dtype(self) -> torch.dtype:
-        """The number format of the weights: what config.json says, or without that, what the largest is stored in."""
+        """The dtype of the weights according to config.json, or else that of the largest stored weight."""
         name = str(self.fields.get("dtype") or self.fields.get("torch_dtype")).removeprefix("torch.")
         if found := [dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{name}"]:
             return found[0]
@@ -151,7 +151,7 @@ class ModelFiles:
         return DTYPES[max(plain, key=lambda header: math.prod(header.shape)).form] if plain else torch.bfloat16
 
     def as_stored(self, paths: Sequence[Path] | None = None) -> ModelFiles:
-        """The same with what the weights show, which is what counts where config.json says otherwise; with notes.
+        """Corrected by the stored weights, which take precedence over config.json; differences become notes.
 
         A head that is stored and differs from the embedding is not tied to it, as in transformers 5.
         """
@@ -183,7 +183,7 @@ class ModelFiles:
         return FAMILIES[self.decoder.family].transposed and is_block_linear(name)
 
     def headers(self, paths: Sequence[Path] | None = None) -> dict[str, TensorHeader]:
-        """What `read_headers` says of the model's files, or of `paths`, with the decoder's shapes."""
+        """The result of `read_headers` for the model's files, or for `paths`, with the decoder's shapes."""
         found = read_headers(paths or self.shards())
         for name, own in found.items():
             if self.is_transposed(name) and not is_packed(found, name):  # bitsandbytes has transposed it
@@ -200,13 +200,13 @@ def is_block_linear(name: str) -> bool:
 
 
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
-    """The stored tensors under the names that the decoder has for them, in the files' order."""
+    """The stored tensors under the decoder's names, in the files' order."""
     headers: dict[str, TensorHeader] = {}
     for path in paths:
         for stored, header in read_header(path).items():
             name = standard_name(stored)
             if name in headers:
-                where = "in two files" if headers[name].path != path else "there twice"
+                where = "in two files" if headers[name].path != path else "stored twice"
                 raise UserError(f"{path}: {name} is {where}: download the model again")
             headers[name] = header
     return headers
@@ -221,7 +221,7 @@ def standard_name(name: str) -> str:
 
 
 def is_packed(headers: dict[str, TensorHeader], name: str) -> bool:
-    """Whether bitsandbytes packed this weight: it is of bytes, or its scales are beside it."""
+    """Whether bitsandbytes packed this weight: it consists of bytes, or has scales."""
     return name in headers and (headers[name].form in ("U8", "I8") or f"{name}.absmax" in headers)
 
 
@@ -231,7 +231,7 @@ def _indexed_shards(index: Path) -> list[Path]:
         raise UserError(f"{index}: weight_map is missing or empty: download the file again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
-            raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: refused")
+            raise UserError(f"{index}: weight_map: {name!r:.60} leaves the model's directory: download the file again")
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
@@ -254,9 +254,9 @@ def _same_weights(single: Path, shards: tuple[Path, ...]) -> bool:
 
 
 def explain_missing(directory: Path) -> str | None:
-    """What a directory without a model's files is, and the fix; None if that is not known.
+    """Explain what a directory without a model's files is, and the fix; None if unknown.
 
-    Of a snapshot in the Hub's cache, its repository is described, of which only some files were fetched.
+    For a snapshot in the Hub's cache, the repository is described, as only some of its files were downloaded.
     """
     place, names = str(directory), [path.name for path in directory.glob("*")]
     repository = re.fullmatch(r"models--(.+)", directory.parent.parent.name)
@@ -264,7 +264,7 @@ def explain_missing(directory: Path) -> str | None:
         from huggingface_hub import HfApi
 
         place = repository[1].replace("--", "/")
-        with suppress(Exception):  # no network: what was fetched must do
+        with suppress(Exception):  # no network: only the downloaded files are known
             files = HfApi().model_info(place, revision=directory.name, timeout=10).siblings or []
             names += [file.rfilename.split("/")[0] for file in files]
     for pattern, text in INSTEAD.items():
@@ -275,7 +275,7 @@ def explain_missing(directory: Path) -> str | None:
 
 
 def find_model(name: str, field: str = "model.name", files: Sequence[str] = ALL_FILES) -> Path:
-    """The directory of a model; of a Hub name, the files that match the patterns `files` are downloaded."""
+    """The directory of a model; for a Hub name, download the files that match the patterns `files`."""
     if not name:
         raise UserError(f"{field}: empty: give a directory in the Hugging Face layout or a Hub name")
     path, (repository, revision) = Path(os.path.expanduser(name)), split_reference(name)
@@ -283,11 +283,11 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = ALL_
         return path
     fault = ""
     if os.path.islink(path):
-        fault = f"is a link to {os.readlink(path)}, which is gone: name the model's directory"
+        fault = f"a link to {os.readlink(path)}, which is missing: name the model's directory"
     elif os.path.exists(path):
-        fault = "is a file: name the directory of a model in safetensors that it is in"
+        fault = "a file: name the directory of a model in safetensors"
     elif os.path.isdir(os.path.expanduser(repository)):
-        fault = f"{repository} is a directory, which has no revision {revision}: remove it"
+        fault = f"{repository} is a directory, which has no revisions: remove @{revision}"
     elif name.startswith((".", "/", "~")) or repository.count("/") > 1:
         fault = "no such directory: give a model's directory or its name on the Hub"
     if fault:
@@ -296,7 +296,7 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = ALL_
 
     try:
         return download(repository, revision=revision, allow_patterns=list(files))
-    except Exception as error:  # the Hub client raises many kinds: no network, no such model, gated, bad name
+    except Exception as error:  # the Hub client raises many types: no network, no such model, gated, bad name
         reason = reason_of(error)
         if isinstance(error, GatedRepoError):
             reason = f"accept its terms at https://huggingface.co/{repository}, then set HF_TOKEN: {reason}"
@@ -305,7 +305,7 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = ALL_
 
 
 def split_reference(name: str) -> tuple[str, str | None]:
-    """NAME@REVISION of a Hub name, in its two parts; a name without a revision, or a directory: itself and None."""
+    """Split NAME@REVISION; for a name without a revision, or a directory, the revision is None."""
     repository, _, revision = name.rpartition("@")
     return (repository, revision) if repository and not os.path.isdir(name) else (name, None)
 
@@ -322,7 +322,7 @@ def _quantization(config: dict[str, Any]) -> Quantization | None:
     by_bnb = isinstance(q, dict) and ("load_in_4bit" in q or "load_in_8bit" in q or q.get("quant_method") == BNB)
     if q and not by_bnb and q.get("quant_method") != FP8:
         fix = "name the original model; if the weights are not quantized, remove the field"
-        raise UserError(f"quantization_config: only that of bitsandbytes and FP8 are supported: {fix}")
+        raise UserError(f"quantization_config: only bitsandbytes and FP8 are supported: {fix}")
     if not by_bnb:
         read_block(q)
         return None
@@ -343,7 +343,7 @@ def read_block(quantization: dict[str, Any]) -> Block:
 
 
 def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:
-    """Refuse another quantization than that of a model whose stored weights are packed."""
+    """For a model whose stored weights are packed, refuse a quantization that differs from theirs."""
     if base.quantization in (None, wanted):
         return
     kind, double = base.quantization
@@ -353,7 +353,7 @@ def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:
 
 
 def base_files(directory: Path) -> list[Path]:
-    """The files of a model that decide what an adapter was trained on: config, tokenizer, weights."""
+    """The files that identify the base of an adapter: config, tokenizer, weights."""
     return [*described_files(directory), *ModelFiles.read(directory).shards()]
 
 

@@ -1,7 +1,7 @@
-"""Opening what a user names: a run, an adapter or a model becomes a decoder that is ready to use.
+"""Open a run, an adapter or a model that a user names as a decoder that is ready to use.
 
-A run means its result: adapter/ on the base it was trained on (quantized as in training), or model/ after full
-fine-tuning. A run without a result means its best checkpoint. Adapters, models and Hub names are loaded as they are.
+A run stands for its result: adapter/ on the base it was trained on (quantized as in training), or model/ after full
+fine-tuning; without a result, for its best checkpoint. Adapters, models and Hub names are loaded unchanged.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TrainedAdapter:
 
     place: Path  # of its tensors, for messages
     base: Path
-    base_name: str  # a directory or a Hub name, as the run's config or the adapter has it
+    base_name: str  # a directory or a Hub name, from the run's config or the adapter
     tokenizer: Path
     lora: LoRAConfig
     tensors: dict[str, Tensor]
@@ -49,7 +49,7 @@ class TrainedAdapter:
     dtype: torch.dtype  # of training
     base_sha256: str | None = None  # of the base's files in training, if known
     step: int | None = None  # of the checkpoint, if the run has no result yet
-    add_tokens: tuple[str, ...] = ()  # that `tokenizer` does not have yet
+    add_tokens: tuple[str, ...] = ()  # tokens that `tokenizer` does not have yet
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LoadedModel:
     quantization: Quantization | None = None  # of the base in training
     dtype: torch.dtype = torch.float32  # of training
     step: int | None = None  # of the checkpoint, if the run has no result yet
-    add_tokens: tuple[str, ...] = ()  # that the tokenizer's directory does not have yet
+    add_tokens: tuple[str, ...] = ()  # tokens that the tokenizer's directory does not have yet
 
 
 def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = False) -> ChatTokenizer:
@@ -118,7 +118,7 @@ def use_cache_of(source: str) -> None:
 
 
 def run_of(source: str) -> Path | None:
-    """The run directory that is `source` or that the adapter `source` is in."""
+    """The run directory that is `source` or contains the adapter `source`; None if there is none."""
     return next((place for place in (Path(source), Path(source).parent) if is_run(place)), None)
 
 
@@ -127,7 +127,7 @@ def is_run(source: str | Path) -> bool:
     path = Path(source) / "config.json"
     if not path.is_file() or not (path.parent / "checkpoints").is_dir():
         return False
-    with suppress(UserError):  # a damaged one is explained where it is read
+    with suppress(UserError):  # damage is reported where the file is read
         return not {"architectures", "model_type"} & read_json(path).keys()
     return True
 
@@ -157,21 +157,21 @@ def checkpoint_step(saved: Checkpoint) -> int:
     """The optimizer step of a checkpoint."""
     step = saved.state.get("step")
     if type(step) is not int:
-        raise UserError(f"{saved.path / 'state.json'}: step: {step!r:.60} is not a step: train again")
+        raise UserError(f"{saved.path / 'state.json'}: step: {step!r:.60} is not an integer: train again")
     return step
 
 
 def read_trained_adapter(source: str, base: str | None = None) -> TrainedAdapter:
     """The adapter that a RUN or ADAPTER argument names: a run's result or best checkpoint, or an adapter directory.
 
-    `base` is its base if not the one that it names.
+    `base` replaces the base that it names.
     """
     path = find_adapter(source)
     return _read_checkpoint(Path(source), base) if path is None else _read_adapter_directory(path, base)
 
 
 def with_added_tokens(lora: LoRAConfig, ids: Sequence[int], tied: bool) -> LoRAConfig:
-    """Train the rows of these tokens, too, wherever the whole embedding or head is not trained anyway."""
+    """Also train the rows of these tokens, unless the whole embedding or head is trained anyway."""
     rows = {name: list(own) for name, own in lora.trainable_token_indices.items()}
     for name in ("embed_tokens",) if tied or "score" in lora.modules_to_save else ("embed_tokens", "lm_head"):
         if ids and not any(is_inside(f"model.{name}", saved) for saved in lora.modules_to_save):

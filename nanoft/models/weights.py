@@ -1,8 +1,8 @@
-"""Loading the weights of a Hugging Face directory into a decoder, and writing a decoder as such a directory.
+"""Load the weights of a Hugging Face directory into a decoder, and write a decoder as such a directory.
 
 The decoder is built on the `meta` device, which has shapes but no storage; then each tensor is read, converted (for
 QLoRA quantized) and placed before the next one. Peak memory is the model plus one tensor. Weights that bitsandbytes
-packed are read as they are; `cache_weights` dequantizes weights once, for speed.
+packed stay packed; `cache_weights` dequantizes weights once, for speed.
 """
 
 from __future__ import annotations
@@ -39,20 +39,21 @@ from nanoft.models.model_files import (
     read_block,
 )
 from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
+from nanoft.runtime import distributed
 from nanoft.runtime.memory import available_bytes
 
 FLOATS = {"F64", *DTYPES}  # dtypes of plain weights, in safetensors' names
 Stored = dict[str, tuple[set[str], tuple[int, ...] | None]]  # tensor -> its possible dtypes, and its shape (None: any)
 ReadTensor = Callable[[str], Tensor | Iterable[Tensor]]  # by its name
-FORMAT = "weight_format"  # a number that bitsandbytes may store beside weights in 8 bits
-FP8_FORM, FP8_SCALE = "F8_E4M3", "_scale_inv"  # the latter after the name of a weight; in spite of that name a factor
-FP8_UNUSED = ("activation_scale", "input_scale")  # how other programs round what they multiply with the weights
-MAX_NOTE = 4096  # bytes of the JSON that bitsandbytes stores beside a weight; it needs 200
+FORMAT = "weight_format"  # a number that bitsandbytes may store with 8-bit weights
+FP8_FORM, FP8_SCALE = "F8_E4M3", "_scale_inv"  # dtype; suffix of the scale's name, a factor in spite of "inv"
+FP8_UNUSED = ("activation_scale", "input_scale")  # scales for quantizing activations, which are not quantized here
+MAX_NOTE = 4096  # bytes of the JSON that bitsandbytes stores with a weight, which needs 200
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weights of a model as they are stored: plain, or packed by bitsandbytes in several tensors per linear."""
+    """The stored weights of a model: plain, or packed by bitsandbytes in several tensors per linear."""
 
     headers: dict[str, TensorHeader]
     shapes: dict[str, tuple[int, ...]]  # of every weight, in the files' order
@@ -71,7 +72,7 @@ class WeightFiles:
             shared = shared_by(header.shape, scale.shape, self.block)
             tensor = dequantize_fp8(tensor, scale.read(), shared, rows.start or 0)
         if not is_finite(tensor):
-            raise UserError(f"{header.path}: {header.name} contains NaN or infinity: damaged: download the model again")
+            raise UserError(f"{header.path}: {header.name} contains NaN or infinity: download the model again")
         return tensor
 
     def read_packed(self, name: str, dtype: torch.dtype, device: torch.device) -> Linear4bit | Linear8bit:
@@ -82,7 +83,7 @@ class WeightFiles:
         names = {part: place + part for part in parts if place + part in self.headers}
         tensors = {part: self.read(n).to(device, copy=True) for part, n in names.items() if part != "weight"}
         codes = self.headers[name].read()
-        if self.stored[0] != "int8":  # bytes, which may be stored as numbers of another type
+        if self.stored[0] != "int8":  # bytes, which may be stored with another dtype
             codes = codes.view(torch.uint8).view(-1, 1)
         tensors["weight"] = codes.to(device, copy=True)
         try:
@@ -141,6 +142,7 @@ def load_model(
     random_seed: int | None = None,  # initialize the weights randomly instead of reading them
     unpacked_dtype: torch.dtype | None = None,  # of dequantized weights; None: `dtype`
     files: list[Path] | None = None,  # to read instead of the directory's
+    store: Callable[[nn.Module], None] | None = None,  # where to keep what was loaded of a module of a block
 ) -> Decoder:
     """Build the decoder of a Hugging Face directory and load its weights; raises what `open_weights` does."""
     base = base if isinstance(base, ModelFiles) else ModelFiles.read(base)
@@ -161,16 +163,16 @@ def load_model(
         if weights.is_packed(name):
             packed = weights.read_packed(name, unpacked_dtype or dtype, device)
         else:
-            tensor = weights.read(name).to(device=device, dtype=dtype, copy=True)  # a view would follow file changes
+            tensor = weights.read(name).to(device=device, dtype=dtype, copy=True)  # a view would change with the file
             if quantization and is_linear and not weights.stored:
                 packed = quantize(tensor, quantization, unpacked_dtype or dtype)
         if packed is not None and is_linear:
             _replace(model, name.removesuffix(".weight"), packed)
         else:
-            place, _, leaf = name.rpartition(".")
             value = tensor if packed is None else packed.dequantize().to(dtype)  # packed: a head
-            own = model.get_parameter(name)
-            setattr(model.get_submodule(place), leaf, nn.Parameter(value, requires_grad=own.requires_grad))
+            distributed.set_parameter(model, name, nn.Parameter(value, model.get_parameter(name).requires_grad))
+        if store and name.startswith("model.layers."):
+            store(model.get_submodule(name.rpartition(".")[0]))
     return model
 
 
@@ -190,7 +192,7 @@ def initialize(model: Decoder, seed: int) -> None:
 
 @torch.no_grad()
 def grow_vocabulary(model: Decoder, size: int) -> None:
-    """Append rows to the embedding and the head, the mean of each, until they have `size` tokens."""
+    """Append rows to the embedding and the head, each the mean of the old rows, up to `size` tokens."""
     more = max(0, size - model.config.vocab_size)
     model.config = replace(model.config, vocab_size=model.config.vocab_size + more)
     for module in [model.model.embed_tokens] + ([] if model.lm_head is None else [model.lm_head]) if more else []:
@@ -199,12 +201,12 @@ def grow_vocabulary(model: Decoder, size: int) -> None:
 
 
 def add_score(model: Decoder, seed: int = 0) -> None:
-    """Put a scalar head, (1, hidden) float32 ~ N(0, 1/(hidden + 1)), in the place of the head, unless there is one.
+    """Replace the head by a scalar head, (1, hidden) float32 ~ N(0, 1/(hidden + 1)), unless there is one.
 
-    So rewards start small, of a variance near 1 (Stiennon et al. 2020, app. B); a head of zeros would pass no gradient.
+    Rewards then start with a variance near 1 (Stiennon et al. 2020, app. B); a head of zeros would pass no gradient.
     """
     if model.config.wrapped:
-        raise UserError("training.objective: a reward model cannot be a text tower: name a model of text alone")
+        raise UserError("training.objective: a reward model cannot be a text tower: name a text-only model")
     if model.score is None:
         model.config, model.lm_head = replace(model.config, tied=True, has_score=True), None
         weight = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
@@ -213,7 +215,7 @@ def add_score(model: Decoder, seed: int = 0) -> None:
 
 
 def _replace(model: nn.Module, name: str, linear: nn.Module) -> None:
-    """Put another linear in the place of one, whose bias it takes over."""
+    """Replace a linear by another one, which takes over its bias."""
     linear.register_parameter("bias", model.get_submodule(name).bias)  # type: ignore[arg-type]
     model.set_submodule(name, linear)
 
@@ -278,8 +280,8 @@ def _read_offset(note: Tensor, shape: tuple[int, ...], quantization: Quantizatio
 
 
 # ---- Weights in FP8 (E4M3, Micikevicius et al. 2022), dequantized while they are read
-# Eight bits hold a number from -448 to 448 with three bits after its leading one. A scale beside them restores the size
-# of a whole matrix, of each row, or of each block of 128 x 128 (`weight_block_size`):
+# Eight bits hold a number from -448 to 448 with a mantissa of three bits. A scale restores the magnitude of the whole
+# matrix, of each row, or of each block of 128 x 128 (`weight_block_size`):
 # W[i, j] = codes[i, j] * scale[i // rows, j // columns]
 
 
@@ -297,7 +299,7 @@ def scale_shape(shape: tuple[int, ...], scale: tuple[int, ...], block: Block) ->
 
 
 def dequantize_fp8(codes: Tensor, scale: Tensor, shared: Block, first: int = 0) -> Tensor:
-    """Rows from `first` on of a weight, (some of out, in), float32; `scale` is that of the whole weight."""
+    """Rows of a weight from `first` on, (rows, in), float32; `scale` is that of the whole weight."""
     scale = scale.float().reshape(scale.shape if scale.dim() == 2 else (1, 1))
     i, j = (first + torch.arange(codes.shape[0])) // shared[0], torch.arange(codes.shape[1]) // shared[1]
     return codes.float() * scale[i][:, j]
@@ -309,7 +311,7 @@ def dequantize_fp8(codes: Tensor, scale: Tensor, shared: Block, first: int = 0) 
 def choose_dequantize(policy: str, device_type: str, extra_bytes: int, free_bytes: int) -> Literal["per_use", "cached"]:
     """quantization.dequantize=auto caches on CUDA if that takes at most a third of the free memory.
 
-    Activations gain more from the rest. `extra_bytes`: how much larger the model is with dequantized weights.
+    The rest helps activations more. `extra_bytes`: how much larger the model is with dequantized weights.
     """
     if policy == "auto":
         return "cached" if device_type == "cuda" and 3 * extra_bytes <= free_bytes else "per_use"
@@ -317,9 +319,9 @@ def choose_dequantize(policy: str, device_type: str, extra_bytes: int, free_byte
 
 
 def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = None) -> Literal["per_use", "cached"]:
-    """If the policy chooses so, dequantize every weight: its linear becomes a frozen nn.Linear. Returns the choice.
+    """Dequantize every weight if the policy says so: its linear becomes a frozen nn.Linear. Returns the choice.
 
-    `dtype` is the model's where it differs from the one that its weights are dequantized in.
+    `dtype`: the model's, if it differs from the dtype of its dequantized weights.
     """
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))]
     if not layers:
@@ -331,7 +333,10 @@ def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = Non
     while chosen == "cached" and layers:
         name, layer = layers.pop()  # the packed weight is gone before the next one is unpacked
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.dequantize().to(dtype or layer.dtype), requires_grad=False)
+        with distributed.gathered(layer) as parts:
+            linear.weight = nn.Parameter(layer.dequantize().to(dtype or layer.dtype), requires_grad=False)
+        if parts:
+            distributed.keep_shard(linear)
         _replace(model, name, linear)
     return chosen
 
@@ -356,8 +361,8 @@ def save_model(model: Decoder, source: Path, out: Path, dtype: torch.dtype) -> N
 def with_towers(
     base: ModelFiles, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, read: ReadTensor
 ) -> tuple[Specs, ReadTensor]:
-    """What the files of an exported model hold, and how each tensor is read: the decoder's, of the given shapes, under
-    the names that its base has for them, then the other towers of the base, as they are."""
+    """The tensors of an exported model, and a function that reads each: the decoder's, of the given shapes, under the
+    names of its base, and then the base's other towers, unchanged."""
     names = {base.stored_name(name): name for name in shapes}
     if packed := [header for header in base.towers.values() if header.form not in DTYPES]:
         raise UserError(f"{packed[0].path}: {packed[0].name} is quantized ({packed[0].form}): name the original model")
@@ -375,7 +380,7 @@ def with_towers(
 
 
 def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderConfig | None = None) -> None:
-    """Write the config.json of an exported model: the source's, as its family exports it, in a dtype, not quantized."""
+    """Write the config.json of an exported model: the source's, with the new dtype and without quantization."""
     base = ModelFiles.read(source)
     decoder = decoder or base.decoder
     name, is_tied = str(dtype).removeprefix("torch."), decoder.tied or decoder.has_score
@@ -384,16 +389,16 @@ def write_config(source: Path, out: Path, dtype: torch.dtype, decoder: DecoderCo
     config = text = with_both_rope_forms({**fields, **outer, "vocab_size": decoder.vocab_size})
     if decoder.wrapped:
         config = {**base.config, **outer, "text_config": text}
-        del text["architectures"]  # which is the wrapper's
+        del text["architectures"]  # belongs to the wrapper
     for fields in (config, text):
         fields.pop("quantization_config", None)
     write_json(out / "config.json", config)
 
 
 def describe_score(out: Path, decoder: DecoderConfig) -> None:
-    """Let transformers load a reward model as AutoModelForSequenceClassification; of another, change nothing.
+    """Let transformers load a reward model as AutoModelForSequenceClassification; other models stay unchanged.
 
-    The reward is taken at the last token that is not padding, so padding is not a token that ends answers.
+    The reward is read at the last token that is not padding, so the pad token must not end answers.
     """
     if not decoder.has_score:
         return
@@ -415,7 +420,7 @@ def describe_score(out: Path, decoder: DecoderConfig) -> None:
 def copy_companions(source: Path, out: Path, base: Path | None = None, add_tokens: Sequence[str] = ()) -> None:
     """Copy the tokenizer's files and generation_config.json, so that other tools render and stop as nanoft does.
 
-    Without a chat template of its own, the default one that training used is written; missing stop tokens are added.
+    If the model has no chat template, the default template used in training is written; missing stop tokens are added.
     """
     files = [(source, file) for name in TOKENIZER_FILES for file in source.glob(name)]
     files += [(base or source, (base or source) / name) for name in PROCESSOR_FILES]

@@ -1,4 +1,4 @@
-"""Objectives: what training minimizes. A new one is one file here, an entry in OBJECTIVES, and its record format."""
+"""Objectives: what training minimizes. A new one is a file here, an entry in OBJECTIVES, and a record format."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from nanoft.objectives.reward import RewardModel
 from nanoft.objectives.rollouts import Prompts
 from nanoft.objectives.sft import SFT
 
-# Each is built from the config and the adapters by name, which are empty in full training; if it samples, also from
-# the prompts.
+# Each is built from the config and the adapters by name (empty in full training) and, if it samples, from the prompts.
 OBJECTIVES: dict[str, Any] = {
     "sft": SFT, "dpo": DPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO, "reward": RewardModel, "grpo": GRPO,
     "distill": Distill,
@@ -24,7 +23,7 @@ OBJECTIVES: dict[str, Any] = {
 
 
 def trains_score(config: Config) -> bool:
-    """Whether the model that is trained has a scalar head instead of one for logits."""
+    """Whether the trained model has a scalar head instead of one for logits."""
     return issubclass(OBJECTIVES[config.training.objective], RewardModel)
 
 

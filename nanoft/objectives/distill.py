@@ -1,17 +1,17 @@
-"""Distillation: a student learns what a teacher would say next, at every token of an answer.
+"""Distillation: a student learns a teacher's distribution over the next token, at every token of an answer.
 
-One token in the place of a teacher's whole distribution wastes most of what it knows (Hinton et al. 2015). With s and t
-the distributions of student and teacher over the next token, the loss per token is the generalized Jensen-Shannon
+A single token instead of the teacher's whole distribution wastes most of what it knows (Hinton et al. 2015). With s and
+t the distributions of student and teacher over the next token, the loss per token is the generalized Jensen-Shannon
 divergence (Agarwal et al. 2024, "On-Policy Distillation of Language Models", eq. 1):
 
     beta KL(t | m) + (1 - beta) KL(s | m),  m = beta t + (1 - beta) s
 
-    beta = 0: KL(t | s), the student spreads over all that the teacher says
-    beta = 1: KL(s | t), it takes one of the things that the teacher says, and says it well
+    beta = 0: KL(t | s), the student covers everything that the teacher finds likely (mode covering)
+    beta = 1: KL(s | t), it concentrates on a part of that (mode seeking)
 
-Off-policy, the answers are those of the data. On-policy, the student samples them from its own weights, so it is
-corrected where it goes wrong, in contexts that it will meet again. The teacher is a model of the same vocabulary, in
-NF4 if it is not a run's; or, if its adapter and the student's have the same base, that adapter on the same weights.
+Off-policy, the answers are those of the data. On-policy, the student samples them, so it is corrected in the contexts
+that its own mistakes lead to. The teacher is a model with the same vocabulary, in NF4 unless it is a run; or, if it is
+an adapter on the student's base, that adapter on the same weights.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 class Teacher:
-    """A second model, which is frozen."""
+    """A second, frozen model."""
 
     def __init__(self, source: str, bits: int, student: Decoder):
         if is_run(source) or find_adapter(source):
@@ -87,7 +87,7 @@ class Teacher:
 
 
 class OtherAdapter:
-    """Another adapter on the student's base: inside of `as_model` it is in the place of the student's own."""
+    """Another adapter on the student's base; within `as_model` it replaces the student's own."""
 
     def __init__(self, adapter: TrainedAdapter, student: Decoder, own: dict[str, Adapter]):
         self.student, self.own, self.tokenizer = student, own, adapter.tokenizer
@@ -114,7 +114,7 @@ class OtherAdapter:
 
 
 class Distill(Objective):
-    """Generalized knowledge distillation from a teacher of the same vocabulary."""
+    """Generalized knowledge distillation from a teacher with the same vocabulary."""
 
     unit = "target tokens"
     learns: ClassVar[Learns] = "prompts"
@@ -129,7 +129,7 @@ class Distill(Objective):
     @classmethod
     def check(cls, config: Config) -> None:
         if not (name := config.distill.teacher):
-            raise UserError("distill.teacher: empty: name a run, an adapter, or a model of the same vocabulary")
+            raise UserError("distill.teacher: empty: name a run, an adapter, or a model with the same vocabulary")
         if not find_adapter(name) and not is_run(name):
             find_model(name, "distill.teacher")
         answers = config.distill.max_new_tokens if config.distill.on_policy else 0
@@ -144,11 +144,12 @@ class Distill(Objective):
             self.teacher = Teacher(name, d.teacher_bits, model)
         theirs = ChatTokenizer.from_directory(self.teacher.tokenizer).tokenizer.get_vocab()
         if theirs != self.prompts.chat.tokenizer.get_vocab():
-            raise UserError(f"distill.teacher: {name}: has another vocabulary than {self.config.model.name}")
+            fix = "choose a teacher with the same tokenizer"
+            raise UserError(f"distill.teacher: {name}: its vocabulary differs from {self.config.model.name}: {fix}")
         self.prompts.begin(model)
 
     def shares_base(self, adapter: TrainedAdapter) -> bool:
-        """Whether the teacher is another adapter, of linears alone, on the very weights of the student."""
+        """Whether the teacher is an adapter, of linears only, on exactly the student's base weights."""
         base, lora = find_model(self.config.model.reference), adapter.lora
         others = lora.modules_to_save or lora.trainable_token_indices or "lm_head" in lora.target_modules
         is_same = adapter.base.resolve() == base.resolve() and adapter.quantization == quantization_of(self.config)
@@ -175,12 +176,12 @@ class Distill(Objective):
         with torch.no_grad(), self.teacher.as_model() as teacher:
             t_hidden, t_head, t_cap = teacher(*inputs)[0], teacher.head, teacher.config.logit_cap
         s_hidden, s_head, s_cap = model(*inputs)[0], model.head, model.config.logit_cap
-        shared, d = min(len(s_head), len(t_head)), self.distill  # rows beyond the vocabulary only fill up a head
+        shared, d = min(len(s_head), len(t_head)), self.distill  # rows beyond the vocabulary are padding
 
         def of_chunk(student: Tensor, teacher: Tensor, s_head: Tensor, t_head: Tensor) -> Tensor:
             s = soft_cap((student @ s_head[:shared].to(student.dtype).T).float(), s_cap) / d.temperature
             t = soft_cap((teacher @ t_head[:shared].to(teacher.dtype).T).float(), t_cap) / d.temperature
-            if d.top_k:  # of the teacher's likeliest tokens alone
+            if d.top_k:  # only the teacher's likeliest tokens
                 t, likeliest = t.topk(min(d.top_k, shared))
                 s = s.gather(-1, likeliest)
             return divergence(s, t, d.beta)
@@ -196,7 +197,7 @@ class Distill(Objective):
 
     @torch.no_grad()
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
-        """The divergence on the answers of the data; on-policy, on the student's greedy ones."""
+        """The divergence on the answers of the data; on-policy, on the student's greedy answers."""
         held_out, sums = list(batches), dict[str, Tensor]()
         if self.distill.on_policy:
             records = [record for batch in held_out for record in batch.records]

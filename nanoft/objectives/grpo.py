@@ -1,18 +1,18 @@
 """GRPO: learn from rewards, by comparing the answers to one prompt with each other (Shao et al. 2024, "DeepSeekMath").
 
-A step samples G answers y_1 ... y_G to each of its prompts x from the policy, and asks a function what each is worth,
-R_i. No model of values is needed, because an answer is compared with the others to its prompt:
+A step samples G answers y_1 ... y_G to each of its prompts x from the policy, and a function gives each a reward R_i.
+No value model is needed, because an answer is compared with the other answers to its prompt:
 
     A_i = (R_i - mean(R)) / (std(R) + 1e-4)                                  the advantage of all tokens of y_i
-    ratio = p(token | x, tokens before it) / p_old(token | x, tokens before it)   by how much the policy has changed
+    ratio = p(token | x, tokens before it) / p_old(token | x, tokens before it)   how much the policy has changed
     loss = -min(ratio A, clip(ratio, 1 - low, 1 + high) A) + beta KL         per token (Schulman et al. 2017, eq. 7)
 
 p_old is the policy that sampled. With one update per step it is the policy itself: the ratio is 1, and its gradient is
 that of log p, so the loss is REINFORCE with the group's mean as the baseline. With several updates (`rl.updates`),
-clipping stops an answer's tokens from moving further than by a factor of 1 + high, or 1 - low.
+clipping keeps a token's probability from changing by more than a factor of 1 + high or 1 - low.
 
-The loss of a step is a mean over all its answers, however they are cut into micro-batches. What it divides by is a
-choice, LOSS_NORMALIZATIONS; answers of groups whose rewards are all equal have no gradient, yet they count there.
+The loss of a step is a mean over all its answers, however they are split into micro-batches; LOSS_NORMALIZATIONS has
+the choices of its denominator. Answers of groups with equal rewards have no gradient, but count in the denominator.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from nanoft.objectives.reference import Reference, answer_tokens
 from nanoft.objectives.rollouts import Prompts, Rollout, check_answers_fit, prompt_lengths
 from nanoft.runtime.command import StopRequest
 
-SMALL = 1e-4  # added to the deviation of a group's rewards
+SMALL = 1e-4  # added to the standard deviation of a group's rewards
 
 
 def group_advantages(rewards: Array, scale: str = "group") -> Array:
-    """A of the answers to n prompts, (n, G), from their rewards, (n, G); NaN, a failed reward, counts nowhere: 0.
+    """A of the answers to n prompts, (n, G), from their rewards, (n, G); a failed reward, NaN, is ignored and gets 0.
 
-    `scale`: group, or none to leave out the division (Liu et al. 2025, "Dr. GRPO").
+    `scale`: group, or none to omit the division (Liu et al. 2025, "Dr. GRPO").
     """
     known = ~np.isnan(rewards)
     count = known.sum(axis=1, keepdims=True)
@@ -67,7 +67,7 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, low: float, high: float) -> T
 
 
 def kl_estimate(logps: Tensor, reference: Tensor) -> Tensor:
-    """e^(r - l) - (r - l) - 1 >= 0 of each token, (n,): unbiased for KL(policy | reference) where the policy samples.
+    """e^(r - l) - (r - l) - 1 >= 0 of each token, (n,): unbiased for KL(policy | reference) on the policy's samples.
 
     Schulman 2020, "Approximating KL divergence" (k3).
     """
@@ -76,23 +76,23 @@ def kl_estimate(logps: Tensor, reference: Tensor) -> Tensor:
 
 
 def sequence_mean(values: Tensor, batch: Batch) -> Tensor:
-    """At each token the mean over its answer, (n,): the geometric mean of ratios (Zheng et al. 2025, "GSPO")."""
+    """For each token, the mean over its answer, (n,): a geometric mean of ratios (Zheng et al. 2025, "GSPO")."""
     tokens = answer_tokens(batch)
     sums = values.new_zeros(len(tokens)).index_add(0, batch.sequence, values)
     return (sums / tokens)[batch.sequence]
 
 
-# The weight of each token of an answer of n tokens, and what the weighted sum is divided by, from the answers' lengths
-# and the limit on them (rl.max_new_tokens).
+# The weight of each token in an answer of n tokens, and the denominator of the weighted sum, from the answers' lengths
+# and their limit (rl.max_new_tokens).
 LOSS_NORMALIZATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Array, int], float]]] = {
-    "dapo": (torch.ones_like, lambda lengths, limit: lengths.sum()),  # every token weighs the same
-    "grpo": (torch.reciprocal, lambda lengths, limit: len(lengths)),  # every answer weighs the same
-    "dr_grpo": (torch.ones_like, lambda lengths, limit: len(lengths) * limit),  # no answer gains by its length
+    "dapo": (torch.ones_like, lambda lengths, limit: lengths.sum()),  # every token has the same weight
+    "grpo": (torch.reciprocal, lambda lengths, limit: len(lengths)),  # every answer has the same weight
+    "dr_grpo": (torch.ones_like, lambda lengths, limit: len(lengths) * limit),  # independent of the answers' lengths
 }
 
 
 class GRPO(Objective):
-    """Group relative policy optimization: answers that the policy samples, and a function that says how good they are.
+    """Group relative policy optimization: answers sampled from the policy, scored by reward functions.
 
     A step of the run is `rl.prompts` prompts with `rl.group_size` answers each, and `rl.updates` optimizer steps.
     """
@@ -107,31 +107,31 @@ class GRPO(Objective):
         self.sampling = Sampling(config.rl.temperature, top_p=config.rl.top_p, log_probs=True)
         self.weight, self.denominator = LOSS_NORMALIZATIONS[config.rl.loss_normalization]
         self.units, self.beta = 1.0, config.rl.beta  # of the step
-        self.sampled_at, self.trained_tokens = 0.0, 0  # when training on the answers began, on how many tokens
+        self.sampled_at, self.trained_tokens = 0.0, 0  # when training on the answers began, and its number of tokens
         self.of_step, self.sums = dict[str, float](), dict[str, Tensor]()
-        self.update = 0  # of the step, from 1
-        self.answers: list[Rollout] = []  # those of the step that have a gradient: sample n of its windows is answer n
-        self.old, self.start = dict[int, Tensor](), dict[int, Tensor]()  # log p of their tokens: old, of the reference
+        self.update = 0  # number of the update within the step, from 1
+        self.answers: list[Rollout] = []  # the step's answers with a gradient: sample n of its windows is answer n
+        self.old, self.start = dict[int, Tensor](), dict[int, Tensor]()  # log p of their tokens: p_old, p_reference
 
     @classmethod
     def check(cls, config: Config) -> None:
         rl, t = config.rl, config.training
         if not rl.reward:
             raise UserError("rl.reward: empty: name a metric, such as exact_match, or package.module:function")
-        for name in rl.reward:  # a mistake is known before anything is loaded
+        for name in rl.reward:  # mistakes show before anything is loaded
             if name.startswith(RUN) and not is_run(name.removeprefix(RUN)):
                 raise UserError(f"rl.reward: {name}: no such run: name one of training.objective=reward")
             if not name.startswith(RUN):
                 reward_function(name)
         if rl.reward_weights and len(rl.reward_weights) != len(rl.reward):
             raise UserError(
-                f"rl.reward_weights: {len(rl.reward_weights)} of {len(rl.reward)} rewards: give one for each"
+                f"rl.reward_weights: {len(rl.reward_weights)} weights for {len(rl.reward)} rewards: give one for each"
             )
         if t.gradient_accumulation_steps != TrainingConfig.gradient_accumulation_steps:
             what = f"a step has rl.prompts x rl.group_size = {config.effective_batch_size()} answers"
             raise UserError(f"training.gradient_accumulation_steps: has no effect with grpo, where {what}: remove it")
         if rl.beta and t.method == "full":
-            raise UserError("rl.beta: training.method=full does not keep the policy at step 0: set it to 0")
+            raise UserError("rl.beta: training.method=full does not keep the policy at step 0: set rl.beta=0")
         check_answers_fit("rl.max_new_tokens", rl.max_new_tokens, config.model.max_seq_length)
 
     def begin(self, model: Decoder, *_: object) -> None:
@@ -146,7 +146,7 @@ class GRPO(Objective):
             return []
         rewards = np.array([answer.reward for answer in found]).reshape(-1, group)
         if np.isnan(rewards).all():
-            why = "failed on every answer of a step, as the warning about the first one says: repair it"
+            why = "failed for every answer of a step (see the warning about the first): fix the function"
             raise UserError(f"rl.reward: {', '.join(self.rl.reward)}: {why}")
         advantages = group_advantages(rewards, self.rl.advantage_scale)
         tokens = sum(len(answer.ids) for answer in found)
@@ -161,9 +161,9 @@ class GRPO(Objective):
         return [window] * updates
 
     def select(self, found: list[Rollout], advantages: Array) -> list[float]:
-        """Keep the answers that have a gradient, whose advantages are returned; the others are only counted.
+        """Keep the answers that have a gradient, and return their advantages; the others only count.
 
-        One whose reward failed is not even counted.
+        Answers with a failed reward do not count.
         """
         is_known = np.array([not math.isnan(answer.reward) for answer in found])
         is_masked = np.array([self.rl.mask_truncated and not answer.stopped for answer in found])
@@ -203,7 +203,7 @@ class GRPO(Objective):
         if self.beta:
             figures["kl"] = kl_estimate(logps, recall(self.start, batch))
             loss = loss + self.beta * ratio * figures["kl"]
-        if is_first:  # the pass that samples and the one that trains compute the same, up to rounding
+        if is_first:  # sampling and training compute the same log p, up to rounding
             sampled = [logp for number in batch.samples.chosen.tolist() for logp in self.answers[number].logps]
             figures["sampling_error"] = (logps - torch.tensor(sampled).to(logps)).abs()
         add(self.sums, figures)
@@ -232,7 +232,7 @@ class GRPO(Objective):
         return self.prompts.rewards_of(prompts, answers)
 
     def tokens_per_step(self, batches: Batches) -> float:
-        """At most: if every answer has `rl.max_new_tokens`."""
+        """An upper limit, reached if every answer has `rl.max_new_tokens`."""
         answers = self.rl.prompts * self.rl.group_size * self.rl.updates
         return answers * float(prompt_lengths(batches.samples).mean() + self.rl.max_new_tokens)
 
@@ -243,12 +243,12 @@ class GRPO(Objective):
 
 
 def keep(kept: dict[int, Tensor], batch: Batch, values: Tensor) -> None:
-    """Remember a value for each target token of a batch, (targets,), by sample."""
-    lengths = [int(sample.is_target[1:].sum()) for sample in batch.samples]  # known on the CPU: nothing waits
+    """Store a value for each target token of a batch, (targets,), by sample."""
+    lengths = [int(sample.is_target[1:].sum()) for sample in batch.samples]  # on the CPU, without synchronization
     kept |= zip(batch.samples.chosen.tolist(), values.split(lengths), strict=True)
 
 
 def recall(kept: dict[int, Tensor], batch: Batch) -> Tensor:
-    """What `keep` has remembered of the samples of a batch, (targets,)."""
+    """The values that `keep` stored for the samples of a batch, (targets,)."""
     none = torch.empty(0, device=batch.targets.device)
     return torch.cat([none, *(kept[number] for number in batch.samples.chosen.tolist())])

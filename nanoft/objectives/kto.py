@@ -1,12 +1,13 @@
-"""KTO: learn from single answers that are good or bad, which are easier to collect than pairs.
+"""KTO: learn from single answers labeled good or bad, which are easier to collect than pairs.
 
-A reward is felt as a gain or a loss against a point of origin (Kahneman and Tversky 1979). The reward of an answer is
-beta (log p(y|x) - log p_ref(y|x)), and the origin that of an average one, beta KL(policy | reference) (Ethayarajh et
-al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization"). The KL divergence is estimated before each step,
-over its whole window and all ranks, on prompts with the answer to another prompt: micro-batches do not change it.
+People perceive a reward as a gain or a loss relative to a reference point (Kahneman and Tversky 1979). The reward of an
+answer is beta (log p(y|x) - log p_ref(y|x)), and the reference point is that of an average answer, beta KL(policy |
+reference) (Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization"). The KL divergence is
+estimated before each step, over its whole window and all ranks, on prompts paired with the answer to another prompt, so
+micro-batches do not change it.
 
-Which answer that is depends on the data alone, not on the window: it is that of the last sample before with another
-prompt. So if every parameter is trained, log p_ref of these, too, is computed once, before the first step.
+That answer depends on the data only, not on the window: it belongs to the nearest earlier sample with another prompt.
+So in full training, log p_ref of these pairs is also computed once, before the first step.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from nanoft.runtime import distributed
 
 def kto_loss(gain: Tensor, is_desirable: Tensor, kl: float, beta: float, weights: tuple[float, float]) -> Tensor:
     """w+ (1 - sigmoid(beta (c - kl))) or w- (1 - sigmoid(beta (kl - r))) (Ethayarajh et al. 2024, eq. 8)."""
-    above = beta * (gain - kl)  # how far an answer's reward is above that of an average one
+    above = beta * (gain - kl)  # by which an answer's reward exceeds that of an average one
     return torch.where(is_desirable, weights[0] * torch.sigmoid(-above), weights[1] * torch.sigmoid(above))
 
 
 class KTO(Preference):
-    """Kahneman-Tversky optimization: single answers, good or bad, against the KL divergence as the point of origin.
+    """Kahneman-Tversky optimization: single answers, good or bad, relative to the KL divergence.
 
-    KL(policy | reference) is estimated on the prompts of a window with answers to other prompts.
+    KL(policy | reference) is estimated on the prompts of a window, paired with answers to other prompts.
     """
 
     unit = "samples"
@@ -48,14 +49,14 @@ class KTO(Preference):
     def __init__(self, config: Config, adapters: dict[str, Adapter]):
         super().__init__(config, adapters)
         self.forms["mismatched"] = self.mismatched
-        self.others, self.max_tokens = np.empty(0, np.int64), 0  # whose answer takes the place of a sample's own
+        self.others, self.max_tokens = np.empty(0, np.int64), 0  # the sample whose answer replaces a sample's own
         self.kl = 0.0
 
     @classmethod
     def check(cls, config: Config) -> None:
         if config.effective_batch_size() == 1 and not config.data.packing:
             fix = "raise training.gradient_accumulation_steps"
-            raise UserError(f"training.objective: kto: compares the answers of a step, and this run has one: {fix}")
+            raise UserError(f"training.objective: kto: compares the answers of a step, but there is only one: {fix}")
 
     def begin(self, model: Decoder, sides: list[TokenDataset], directory: Path | None, batch_size: int) -> None:
         self.others = np.arange(len(sides[0].all_records))
@@ -79,7 +80,7 @@ class KTO(Preference):
         return max(0.0, distributed.all_reduce_sum(total)[0] / len(samples))
 
     def mismatched(self, samples: TokenDataset) -> TokenDataset:
-        """Each prompt with an answer to another one, no longer than the longest sample of the data."""
+        """Each prompt with the answer to another one, no longer than the longest sample of the data."""
         made = list[Sample]()
         for sample, other in zip(samples, samples.select(self.others[samples.chosen]), strict=True):
             prompt, start = prompt_of(sample), len(prompt_of(other))
@@ -91,7 +92,7 @@ class KTO(Preference):
 
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
         reference, policy = self.reference.logps(model, batch), sequence_logps(model, batch)
-        good = batch.samples.labels > 0  # on the CPU, so that nothing waits for the numbers of each
+        good = batch.samples.labels > 0  # on the CPU, so that counting them does not synchronize
         parts = np.flatnonzero(good), np.flatnonzero(~good), good
         chosen, rejected, is_good = (torch.from_numpy(part).to(policy.device) for part in parts)
         weights = self.preference.desirable_weight, self.preference.undesirable_weight
@@ -108,7 +109,7 @@ class KTO(Preference):
         return losses, figures
 
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
-        """As of pairs; an answer is on the right side if its reward is above beta KL or, undesirable, below."""
+        """As for pairs; an answer counts as correct if its reward is above beta KL, or below if it is undesirable."""
         held_out, before = list(batches), self.kl
         with distributed.same_exception(model.device):
             self.kl = self.estimate_kl(model, Window(held_out, [0, 0], [0, 0]))
@@ -123,8 +124,8 @@ def prompt_of(sample: Sample) -> Array:
 
 
 def answers_to_others(samples: TokenDataset) -> Array:
-    """(n,): the last sample before each that has another prompt; before the first one is the last one."""
+    """(n,): for each sample, the nearest earlier sample with another prompt, cyclically."""
     prompts, others = [hash(prompt_of(sample).tobytes()) for sample in samples], np.arange(len(samples)) - 1
-    for at in [*range(len(samples))] * 2 if len(set(prompts)) > 1 else []:  # the second time, all before are known
+    for at in [*range(len(samples))] * 2 if len(set(prompts)) > 1 else []:  # in the second pass, earlier ones are known
         others[at] = at - 1 if prompts[at] != prompts[at - 1] else others[at - 1]
     return others

@@ -1,11 +1,11 @@
-"""What the loop asks of an objective: what training minimizes.
+"""The interface of an objective: what training minimizes.
 
-The loop knows nothing of an objective but these members. The loss of an optimizer step is
+The loop uses only these members. The loss of an optimizer step is
 
     sum over micro-batches and ranks of objective.loss(model, batch)  /  objective.count(window)
 
-so a window has the same gradient however it is split into micro-batches. Most objectives need no more than `count`,
-`loss` and `evaluate`.
+so a window has the same gradient however it is split into micro-batches. Most objectives define only `count`, `loss`
+and `evaluate`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from nanoft.runtime.command import StopRequest
 
 
 class Objective(Protocol):
-    """What the loop, preflight, validation and the self-test ask of an objective."""
+    """What the loop, preflight, validation and the self-test require of an objective."""
 
     unit: str  # what the loss is a mean of: "target tokens", "pairs", "samples", "completions"
     learns: ClassVar[Learns]  # which data it needs
-    section: ClassVar[str] = "preference"  # of the config: its own
+    section: ClassVar[str] = "preference"  # its section of the config
     settings: ClassVar[tuple[str, ...]] = ()  # the fields of that section that it reads
 
     @classmethod
@@ -37,17 +37,17 @@ class Objective(Protocol):
         """Refuse a config on which the objective cannot work, with a UserError."""
 
     def begin(self, model: Decoder, sides: list[TokenDataset], directory: Path | None, batch_size: int) -> None:
-        """What needs every sample and the model as it was before training; `directory`: the run's."""
+        """Computations that need every sample and the model before training; `directory`: the run's."""
 
     def windows(self, model: Decoder, window: Window, rows: int, stop: StopRequest | None = None) -> list[Window]:
-        """What is trained on in the place of a window, an optimizer step each; none if a signal came first.
+        """The windows that replace this one, with one optimizer step each; none if a signal arrived first.
 
-        Objectives that sample put answers to its prompts there, in micro-batches of `rows`.
+        Objectives that sample return answers to its prompts, in micro-batches of `rows`.
         """
         return [window]
 
     def prepare(self, model: Decoder, window: Window) -> None:
-        """What needs the whole window, without gradient, before its first micro-batch."""
+        """Computations over the whole window, without gradient, before its first micro-batch."""
 
     def count(self, window: Window) -> float:
         """Units of the whole window, over all micro-batches and ranks: the denominator of the loss."""
@@ -66,11 +66,11 @@ class Objective(Protocol):
         ...
 
     def rewards(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[dict[str, float]]:
-        """What answers to prompts are worth, in all and by function; none, where nothing is learned from rewards."""
+        """The rewards of answers, in total and by function; empty for objectives without rewards."""
         return []
 
     def tokens_per_step(self, batches: Batches) -> float:
-        """On average, without padding."""
+        """The mean number of tokens of a step, without padding."""
         return float(batches.samples.lengths.sum() / batches.windows_in_epoch())
 
     def longest(self, batches: Batches) -> Batch:

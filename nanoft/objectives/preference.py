@@ -1,15 +1,15 @@
-"""Preferences: make the better of two answers likelier than the other, without a reward model (DPO and its kin).
+"""Preferences: make the better of two answers more likely than the other, without a reward model (DPO and relatives).
 
 Let log p(y|x) be the log-probability of an answer y to a prompt x, a sum over its |y| tokens. The policy is the model
-that is trained; the reference is the policy at step 0, which it should not leave by far (`reference.py`). With
+that is trained; the reference is the policy at step 0, from which it should not move far (`reference.py`). With
 
-    c = log p(y+|x) - log p_ref(y+|x)        how much likelier than under the reference the chosen answer became,
-    r = log p(y-|x) - log p_ref(y-|x)        and the rejected one,
+    c = log p(y+|x) - log p_ref(y+|x)        how much more likely the chosen answer is than under the reference,
+    r = log p(y-|x) - log p_ref(y-|x)        and the rejected answer,
 
 beta c and beta r are implicit rewards: the policy is the optimum of those rewards less beta times its KL divergence
 from the reference (Rafailov et al. 2023, "Direct Preference Optimization", section 4). The loss of a step is a mean
-over the pairs of its window, however they are split into micro-batches. The two answers of a pair are two documents in
-one row of a batch.
+over the pairs of its window, however they are split into micro-batches. The answers of a pair are two documents in one
+row of a batch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Answers:
 
     @classmethod
     def of(cls, logps: Tensor, tokens: Tensor) -> Answers:
-        """From those of a batch, (2n,), where chosen and rejected answers alternate."""
+        """From the values of a batch, (2n,), in which chosen and rejected answers alternate."""
         return cls(logps[::2], logps[1::2], tokens[::2], tokens[1::2])
 
     def per_token(self) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class Answers:
         return replace(self, chosen=self.chosen - reference.chosen, rejected=self.rejected - reference.rejected)
 
 
-# ---- Losses of n pairs, (n,); `gain` holds c and r, e is the share of labels that are wrong
+# ---- Losses of n pairs, (n,); `gain` holds c and r; e is the share of wrong labels
 
 
 def sigmoid_loss(gain: Answers, beta: float, e: float) -> Tensor:
@@ -75,7 +75,7 @@ def robust_loss(gain: Answers, beta: float, e: float) -> Tensor:
 
 
 def ipo_loss(gain: Answers, beta: float, e: float) -> Tensor:
-    """(c/|y+| - r/|y-| - 1/(2 beta))^2, which ends where the margin is large enough (Azar et al. 2023, eq. 17)."""
+    """(c/|y+| - r/|y-| - 1/(2 beta))^2, which has a finite optimal margin (Azar et al. 2023, eq. 17)."""
     chosen, rejected = gain.per_token()
     return (chosen - rejected - 1 / (2 * beta)).square()
 
@@ -101,7 +101,7 @@ def simpo_loss(policy: Answers, beta: float, gamma: float) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) of x < 0 without losing digits (Maechler 2012); of 0, which float32 may round to, a large number."""
+    """log(1 - e^x) for x < 0 without losing digits (Maechler 2012); for 0, to which x may round, a finite value."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     return torch.where(x > -0.6931472, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
 
@@ -110,7 +110,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 class Preference(Objective):
-    """What the objectives have in common; each says how it measures a batch."""
+    """The common part of the objectives; each defines `measure`."""
 
     unit = "pairs"
     learns: ClassVar[Learns] = "pairs"
@@ -121,11 +121,11 @@ class Preference(Objective):
     def __init__(self, config: Config, adapters: dict[str, Adapter]):
         self.preference, self.beta = config.preference, config.preference.beta or self.default_beta
         self.reference = Reference(config, adapters)
-        self.forms: dict[str, Form] = {"logps": lambda samples: samples}  # of which log p_ref is needed
+        self.forms: dict[str, Form] = {"logps": lambda samples: samples}  # forms of the samples that need log p_ref
         self.sums: dict[str, Tensor] = {}
 
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
-        """The loss of each unit, (n,), differentiable; and figures, of which means are logged."""
+        """The loss of each unit, (n,), differentiable; and figures, whose means are logged."""
         raise NotImplementedError
 
     def begin(self, model: Decoder, sides: list[TokenDataset], directory: Path | None, batch_size: int) -> None:
@@ -149,7 +149,7 @@ class Preference(Objective):
 
     @torch.no_grad()
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss, rewards (chosen, rejected, margin, how often it is positive), log-probabilities, KL per token."""
+        """The loss, rewards (chosen, rejected, margin, share of positive margins), log-probabilities, KL per token."""
         sums = dict[str, Tensor]()
         with evaluating(model), distributed.same_exception(model.device):
             for batch in share_of_rank(batches):
@@ -169,7 +169,7 @@ class DPO(Preference):
 
     def measure(self, model: Decoder, batch: Batch) -> tuple[Tensor, Figures]:
         tokens = answer_tokens(batch)
-        reference = Answers.of(self.reference.logps(model, batch), tokens)  # first: its activations are gone by then
+        reference = Answers.of(self.reference.logps(model, batch), tokens)  # first, so that its activations are freed
         policy = Answers.of(sequence_logps(model, batch), tokens)
         gain = policy.gained_over(reference)
         losses = DPO_LOSSES[self.preference.loss](gain, self.beta, self.preference.label_smoothing)
@@ -200,7 +200,7 @@ class SimPO(Preference):
 
 
 def pair_figures(policy: Answers, chosen: Tensor, rejected: Tensor) -> Figures:
-    """What is logged of pairs; chosen, rejected: their rewards, (n,)."""
+    """The logged figures of pairs; chosen, rejected: their rewards, (n,)."""
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -212,14 +212,14 @@ def pair_figures(policy: Answers, chosen: Tensor, rejected: Tensor) -> Figures:
 
 
 def add(sums: dict[str, Tensor], figures: Figures) -> None:
-    """Add the sum of each figure, and how many values it has."""
+    """Accumulate the sum of each figure, and the number of its values."""
     for name, values in figures.items():
         found = torch.stack([values.detach().float().sum(), torch.tensor(float(len(values)), device=values.device)])
         sums[name] = sums[name] + found if name in sums else found
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each figure over all ranks, without those that have no value."""
+    """The mean of each figure over all ranks; figures without values are omitted."""
     totals = distributed.all_reduce_sum(*torch.cat([*sums.values()]).tolist()) if sums else []
     pairs = zip(sums, totals[::2], totals[1::2], strict=True)
     return {name: total / count for name, total, count in pairs if count}

@@ -1,11 +1,11 @@
-"""Log-probabilities of whole answers, under the policy and under its reference, with one copy of the weights.
+"""Log-probabilities of whole answers under the policy and its reference, with one copy of the weights.
 
     log p(y|x) = sum over the tokens of y of log p(token | x, tokens before it)
 
-The reference is the policy at step 0. A fresh adapter changes nothing, so without it the model is the reference; an
-adapter that training continues (lora.start_from) is swapped for a copy of how it began; and if every parameter is
-trained, the log-probabilities under the reference are computed once, before the first step, and kept in the run. So
-are its hidden states of held-out answers and its head, from which all logits follow; those would be far larger.
+The reference is the policy at step 0. A fresh adapter changes nothing, so without it the model is the reference. An
+adapter that training continues (lora.start_from) is swapped for a copy of its initial values. In full training, the
+log-probabilities under the reference are computed once, before the first step, and saved in the run, and so are its
+hidden states of held-out answers and its head, from which all logits follow; the logits would be far larger.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nanoft.model import Decoder
 from nanoft.runtime import distributed
 
 FILE = "reference.safetensors"  # in the run directory
-Form = Callable[[TokenDataset], TokenDataset]  # makes of each sample what is measured in its place
+Form = Callable[[TokenDataset], TokenDataset]  # maps each sample to the sample that is measured instead
 
 
 def answer_states(model: Decoder, batch: Batch) -> Tensor:
@@ -53,12 +53,12 @@ def answer_tokens(batch: Batch) -> Tensor:
 
 
 def compared_rows(vocab: int, device: torch.device) -> int:
-    """Rows of two tensors of logits that are compared at once: each has several temporary tensors of their size."""
+    """Rows of two tensors of logits to compare at once, which needs several temporary tensors of their size."""
     return max(16, chunk_rows(vocab, device) // 4)
 
 
 def kl_of_logits(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p | q) = sum of p (log p - log q) of each row of two tensors of logits, (n,); computed in their memory."""
+    """KL(p | q) = sum of p (log p - log q) of each row of two tensors of logits, (n,); computed in place."""
     for logits in (p, q):
         logits.sub_(logits.logsumexp(-1, keepdim=True))
     difference = q.sub_(p)
@@ -72,7 +72,7 @@ class Reference:
         self.adapters = adapters
         trained = [p for adapter in adapters.values() for p in adapter.parameters() if p.requires_grad]
         self.start = [(p, p.detach().clone()) for p in trained] if config.lora.start_from else []
-        # if every parameter is trained: form -> log p_ref of every sample, (n,); sample -> its hidden states; the head
+        # in full training: form -> log p_ref of every sample, (n,); sample -> its hidden states; the head
         self.known = dict[str, Tensor]()
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class Reference:
         """log p_ref(y|x) of each of the s samples of a batch, (s,).
 
         Args:
-            made_of: if the batch has another form of the data's samples, their numbers, (s,).
+            made_of: if the batch has another form of the data's samples, the numbers of those, (s,).
         """
         if not self.adapters:
             return self.known[form][batch.samples.chosen if made_of is None else made_of].to(batch.targets.device)
@@ -121,16 +121,16 @@ class Reference:
         for (p, _), value in zip(self.start, values, strict=True):
             p.copy_(value)
         for adapter in self.adapters.values() if self.start else ():
-            adapter.train(adapter.training)  # DoRA forgets the norms of the weights before
+            adapter.train(adapter.training)  # clears DoRA's cached norms
 
     @torch.no_grad()
     def precompute(
         self, model: Decoder, sides: Sequence[TokenDataset], directory: Path | None, batch_size: int,
         forms: Mapping[str, Form],
     ) -> None:  # fmt: skip
-        """For full training: what is known of the reference, from the file of an earlier session or the fresh model.
+        """For full training: load or compute log p_ref of all samples, and hidden states of the held-out ones.
 
-        That is log p_ref of all samples, and the hidden states of those of the second side, which are held out.
+        They come from the file of an earlier session or from the model before training; the second side is held out.
         """
         if directory is not None and (directory / FILE).is_file():
             self.known = load_tensors(directory / FILE)

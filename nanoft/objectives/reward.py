@@ -1,8 +1,8 @@
-"""Reward models: a number for an answer, learned from which of two answers is better.
+"""Reward models: predict a score for an answer, learned from pairs in which one answer is better.
 
-A scalar head w, `score`, reads the last hidden state h of the last token, r = w . h, in the place of the head
-that gives logits. The probability that y+ is better than y- is sigmoid(r+ - r-) (Bradley and Terry 1952), and its
-negative log-likelihood is the loss. Only differences are learned; `preference.center` keeps rewards around zero.
+A scalar head w, `score`, replaces the head for logits and reads the last hidden state h of the last token: r = w . h.
+The probability that y+ is better than y- is sigmoid(r+ - r-) (Bradley and Terry 1952), and its negative log-likelihood
+is the loss. Only differences are learned; `preference.center` keeps rewards around zero.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nanoft.objectives.preference import Figures, Preference
 
 
 def answer_rewards(model: Decoder, batch: Batch) -> Tensor:
-    """r of each of the s samples of a batch, (s,) float32, at the last token, where transformers takes it."""
+    """r of each of the s samples of a batch, (s,) float32, at the last token, as in transformers."""
     assert model.score is not None
     ends = torch.bincount(batch.sequence, minlength=len(batch.samples)).cumsum(0)  # (s,) of each sample's targets
     inside = batch.target_positions[ends - 1]  # (s,) a position in each sample
@@ -31,7 +31,7 @@ def answer_rewards(model: Decoder, batch: Batch) -> Tensor:
     place = inside % batch.ids.shape[1] if batch.positions is None else batch.positions.flatten()[inside]
     last = inside - place + lengths - 1  # a document begins where its place is 0
     hidden = model(batch.ids, batch.positions, batch.documents, last)[0]  # (s, hidden)
-    return (hidden.float() * model.score.weight.float()).sum(-1)  # as a product, autocast would round it
+    return (hidden.float() * model.score.weight.float()).sum(-1)  # autocast would round a matrix product
 
 
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float) -> Tensor:
@@ -40,12 +40,12 @@ def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center: float)
 
 
 class TrainedReward:
-    """What a run of `training.objective=reward` says of answers: a reward function for objectives that sample."""
+    """The reward model of a run, as a reward function for objectives that sample."""
 
     def __init__(self, run: str, device: torch.device, dtype: torch.dtype):
         opened = open_model(run, device, dtype)
         if opened.model.score is None:
-            raise UserError(f"rl.reward: run:{run}: is not a reward model: name a run of training.objective=reward")
+            raise UserError(f"rl.reward: run:{run}: not a reward model: name a run of training.objective=reward")
         self.model, self.chat = opened.model, open_chat_tokenizer(run, opened, as_trained=True)
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class TrainedReward:
 
 
 class RewardModel(Preference):
-    """A Bradley-Terry model of pairs; data.margin_field says by how much the chosen answer is better."""
+    """A Bradley-Terry model of pairs; data.margin_field says how much better the chosen answer is."""
 
     settings: ClassVar[tuple[str, ...]] = ("center",)
 

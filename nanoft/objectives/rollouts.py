@@ -1,8 +1,8 @@
-"""Rollouts: answers to the prompts of a step, sampled from the very weights that are trained, and what they are worth.
+"""Rollouts: answers to the prompts of a step, sampled from the weights in training, and their rewards.
 
-There is no second engine whose weights could be stale. Each answer has random numbers of its own, a pure function of
-(seed, position of the window, record, number of the answer), so it depends neither on the size of the batches in which
-answers are sampled nor on how many processes share the work.
+There is no separate inference engine whose weights could be stale. Each answer has its own random numbers, a pure
+function of (seed, position of the window, record, number of the answer), so it depends neither on the batch size of
+sampling nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Rollout:
 
     record: int
     prompt_ids: list[int]
-    ids: list[int]  # of the answer, with the stop token if the model ended it
+    ids: list[int]  # of the answer, including the stop token if the model produced one
     logps: list[float]  # of these tokens, as they were sampled
     rewards: list[float]  # from each function of rl.reward; NaN: it failed
     reward: float  # their weighted sum
-    stopped: bool  # the model ended the answer
+    stopped: bool  # whether the model produced a stop token
 
     def sample(self, label: float) -> Sample:
         """Prompt and answer, whose tokens are the targets."""
@@ -51,7 +51,7 @@ class Rollout:
 
 def check_answers_fit(field: str, tokens: int, length: int) -> None:
     if tokens >= length:
-        raise UserError(f"{field}: {tokens}: leaves no room for prompts in model.max_seq_length={length}: lower it")
+        raise UserError(f"{field}: {tokens} leaves no room for prompts in model.max_seq_length={length}: lower it")
 
 
 def prompt_lengths(samples: TokenDataset) -> Array:
@@ -66,7 +66,7 @@ def with_room_for_answers(corpus: PreparedDataset, room: int, say: Log = print) 
     if lost := len(corpus.training) + len(corpus.validation) - len(training) - len(validation):
         say(f"warning: {lost:,} prompts of more than {room} tokens leave no room for answers: skipped")
     if not len(training):
-        raise UserError(f"model.max_seq_length: no prompt leaves room for an answer in {room} tokens: raise it")
+        raise UserError(f"model.max_seq_length: every prompt has more than {room} tokens: raise it to fit answers")
     return replace(corpus, training=training, validation=validation)
 
 
@@ -88,7 +88,7 @@ class Prompts:
         self.rewards = Rewards(self.rl, self.log, lambda run: TrainedReward(run, model.device, model.dtype))
 
     def encode(self, record: int) -> list[int]:
-        """The prompt's token ids, with the cue for the answer."""
+        """The prompt's token ids, including the generation prompt."""
         prompt = self.of_record[record]
         return self.chat.encode_prompt(prompt.messages, prompt.tools, prompt.template_args)
 
@@ -96,9 +96,9 @@ class Prompts:
         self, model: Decoder, records: Sequence[int], count: int, sampling: Sampling, position: Sequence[int],
         stop: StopRequest | None = None,
     ) -> list[Rollout]:  # fmt: skip
-        """`count` answers to each prompt, those to one prompt beside each other; none if a signal arrives meanwhile.
+        """`count` answers to each prompt, grouped by prompt; none if a signal arrives meanwhile.
 
-        Every rank answers a share of the prompts, and gets all answers.
+        Every rank answers a share of the prompts and receives all answers.
         """
         encoded = [self.encode(record) for record in records]
         while True:
@@ -146,20 +146,20 @@ class Prompts:
         }
 
     def _score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Array:
-        """The reward of each answer, and what each function says, (answers, 1 + functions)."""
+        """The total reward of each answer, and its reward by each function, (answers, 1 + functions)."""
         references = [self.chat.control.remove(prompt.reference) for prompt in prompts]
         rewards = self.rewards.score(list(map(Answered, prompts, answers, references)))
         return np.column_stack([self.rewards.total(rewards), rewards])
 
     def rewards_of(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[dict[str, float]]:
-        """The same by name. Every rank asks about a share of the answers, and gets all rewards."""
+        """The rewards of answers by name. Every rank scores a share of the answers and receives all rewards."""
         own = list(distributed.split_work(range(len(answers))))
         worth = self._score([prompts[at] for at in own], [answers[at] for at in own]).tolist()
         found = distributed.all_gather_dict(dict(zip(own, worth, strict=True)))
         return [dict(zip(self.rewards.columns, found[at], strict=True)) for at in sorted(found)]
 
     def cut(self, answers: Sequence[Rollout], rows: int, labels: Sequence[float] | None = None) -> list[Batch]:
-        """Answers, with a label each, in micro-batches of `rows`, packed if data.packing asks for it."""
+        """Answers, each with a label, in micro-batches of `rows`, packed if data.packing is set."""
         pairs = zip(answers, labels or [0.0] * len(answers), strict=True)
         samples = TokenDataset.of([answer.sample(label) for answer, label in pairs])
         pack_length = self.config.model.max_seq_length if self.config.data.packing else None
@@ -167,7 +167,7 @@ class Prompts:
         return batches.window(0)
 
     def longest(self, batches: Batches) -> list[Rollout]:
-        """A micro-batch of answers as long as may be to the longest prompt; nothing is sampled."""
+        """A micro-batch of the longest possible answers to the longest prompt; nothing is sampled."""
         record = int(batches.samples.records[prompt_lengths(batches.samples).argmax()])
         prompt, tokens, config = self.encode(record), self.max_new_tokens, self.config
         answer = Rollout(record, prompt, prompt[-1:] * tokens, [0.0] * tokens, [], 0.0, True)
@@ -175,7 +175,7 @@ class Prompts:
         return [answer] * batches.micro_batch_size * max(1, in_a_row)
 
     def figures(self, answers: Sequence[Rollout]) -> dict[str, float]:
-        """Means over answers, each reward's without those where it failed."""
+        """Means over answers; the mean of a reward ignores answers for which it failed."""
         rewards = np.array([[answer.reward, *answer.rewards] for answer in answers])
         known = zip(self.rewards.columns, (column[~np.isnan(column)] for column in rewards.T), strict=True)
         return {

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: make the assistant's tokens likely, each weighing the same.
+"""Supervised fine-tuning: make the assistant's tokens likely, all with the same weight.
 
     loss of a step = sum over target tokens of -log p(token | tokens before it)  /  target tokens of the window
 
-Prompt tokens are read and never predicted: their positions give no logits and no loss.
+Prompt tokens are read but never predicted: their positions have no logits and no loss.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanoft.objectives.objective import Objective
 
 
 class SFT(Objective):
-    """The sum of the negative log-likelihood over target tokens, with label smoothing and z-loss if asked for."""
+    """The sum of the negative log-likelihood over target tokens, with optional label smoothing and z-loss."""
 
     unit = "target tokens"
     learns: ClassVar[Learns] = "turns"
@@ -40,6 +40,6 @@ class SFT(Objective):
         return token_nll(hidden, model.head, batch.targets, *more).sum()
 
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss in nats per target token (never smoothed), its perplexity, and how many tokens that is."""
+        """Loss in nats per target token (never smoothed), its perplexity, and the number of target tokens."""
         loss, target_tokens = perplexity.validation_loss(model, batches)
         return {"loss": loss, "perplexity": perplexity.safe_exp(loss), "target_tokens": target_tokens}

@@ -1,4 +1,4 @@
-"""The old spelling of `python -m nanoft doctor`."""
+"""The former name of `python -m nanoft doctor`."""
 
 from nanoft.runtime.command import renamed
 

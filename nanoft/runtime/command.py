@@ -24,6 +24,7 @@ from nanoft import TrainingFailed, UserError, __version__
 from nanoft.config.aliases import suggest_override
 from nanoft.io.tables import wrap
 from nanoft.io.untrusted import one_line
+from nanoft.runtime import cores
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 Outcome = Literal["ok", "warn", "FAIL"]
@@ -32,7 +33,7 @@ FORCEABLE = ("room", "stop", "bos", "targets", "prompt", "head", "disk")  # chec
 
 
 class Arguments(argparse.ArgumentParser):
-    """Command-line arguments with `--version`; a mistake in them is a UserError, one line like every other."""
+    """A parser with `--version`; a mistake in the arguments is a UserError, one line like every other."""
 
     def __init__(self, **settings: Any):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **settings})
@@ -43,7 +44,7 @@ class Arguments(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Options and positional arguments in any order; a setting written as an option gets a hint."""
-        argv = [re.sub(r"(?<==)~(?=/)", os.path.expanduser("~"), word) for word in argv]  # a shell leaves --out=~/x
+        argv = [re.sub(r"(?<==)~(?=/)", os.path.expanduser("~"), word) for word in argv]  # unexpanded: --out=~/x
         parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
         args, unknown = parse(argv)
         if unknown and unknown[0].startswith("-") and hasattr(args, "overrides"):
@@ -57,7 +58,7 @@ class Arguments(argparse.ArgumentParser):
         return args
 
     def check(self, argv: list[str]) -> None:
-        """End the process if the arguments are --help, --version or a mistake; otherwise return."""
+        """End the process if the arguments are --help, --version or a mistake; otherwise prepare for torch."""
 
         def main(argv: list[str]) -> int:
             self.parse(argv)
@@ -69,6 +70,7 @@ class Arguments(argparse.ArgumentParser):
                 silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
             if code := command(main)(argv):
                 sys.exit(code)
+        cores.prepare()
 
 
 def renamed(old: str, new: str) -> NoReturn:
@@ -142,8 +144,8 @@ def require_passed(checks: Sequence[Check], forced: Sequence[str]) -> None:
 
 
 def open_standard_streams() -> None:
-    """Make stdin, stdout and stderr usable, and escape what the terminal cannot encode."""
-    # The descriptor of a closed one (`>&-`) would be reused by the next file that is opened, such as a checkpoint.
+    """Make stdin, stdout and stderr usable, and escape characters that the terminal cannot encode."""
+    # The descriptor of a closed stream (`>&-`) would be reused by the next file that is opened, such as a checkpoint.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -164,7 +166,7 @@ class _Lenient(io.FileIO):
 
 
 def ignore_broken_output() -> None:
-    """From now on, ignore failed writes to stdout and stderr: training survives its terminal; train.log has all."""
+    """From now on, ignore failed writes to stdout and stderr: training survives its terminal; train.log is complete."""
     for name, original in (("stdout", sys.__stdout__), ("stderr", sys.__stderr__)):
         stream = getattr(sys, name)
         if stream is not original or not isinstance(stream, io.TextIOWrapper):
@@ -179,7 +181,7 @@ class StopRequest:
     """Turn a signal into a flag that the loop reads between two steps; a second SIGINT stops immediately.
 
     SIGHUP: the terminal was closed. SIGUSR1: sent by SLURM before the time limit (`--signal=USR1@120`). Signals that
-    are ignored, as under `nohup`, stay ignored. Outside of the main thread, or if not enabled, this does nothing.
+    are ignored, as under `nohup`, stay ignored. Outside the main thread, or if not enabled, this does nothing.
     """
 
     def __init__(self, enabled: bool = True) -> None:

@@ -1,7 +1,7 @@
-"""The machine under the run: its device, dtype and random state, library versions, and the config for it (`auto`).
+"""The machine that a run uses: its device, dtype and random state, library versions, and the config for it (`auto`).
 
-CUDA, Metal and the CPU differ here and in `memory` only: the modules above receive a torch.device and a dtype, or the
-`Machine` of a run, which is looked up once at the start.
+Only this module and `memory` distinguish CUDA, Metal and the CPU: the modules above receive a torch.device and a dtype,
+or the `Machine` of a run, which is detected once at the start.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nanoft.runtime.memory import memory_limit_bytes, set_metal_limit, total_mem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # minimum memory in GB
-FLOAT16_CONFIGS = {"gpu_16gb_fp16.py": 15, "gpu_8gb.py": 0}  # the same, of GPUs without bfloat16
+FLOAT16_CONFIGS = {"gpu_16gb_fp16.py": 15, "gpu_8gb.py": 0}  # the same for GPUs without bfloat16
 LIBRARIES = ("torch", "safetensors", "tokenizers", "bitsandbytes", "numpy")
 
 
@@ -62,7 +62,7 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def supports_matmul(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a small matmul gives the right result: no version number says so, so it is tried."""
+    """Whether a small matmul gives the right result; tried, because no version number tells."""
     try:
         x = torch.eye(8, dtype=dtype, device=device)
         return torch.equal((x @ x).cpu(), x.cpu())
@@ -70,17 +70,22 @@ def supports_matmul(dtype: torch.dtype, device: torch.device) -> bool:
         return False
 
 
-def seed_everything(seed: int, threads: int, deterministic: bool) -> None:
-    """Seed all generators; set the number of CPU threads (0: unchanged) and deterministic kernels; quiet libraries."""
+def seed_everything(seed: int, threads: int | str, deterministic: bool) -> None:
+    """Seed all generators; set CPU threads and deterministic kernels; quiet libraries."""
     quiet_libraries()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def set_threads(threads: int | str) -> None:
+    """Set the number of CPU threads; auto or 0: as torch found it (nanoft/runtime/cores.py)."""
+    if isinstance(threads, int) and threads:
+        torch.set_num_threads(threads)
 
 
 def quiet_libraries() -> None:
@@ -131,7 +136,7 @@ def preserve_rng_state() -> Iterator[None]:
 
 
 def with_same_dropout(block: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The block with the same dropout masks when recomputed on Metal, which `checkpoint` (torch 2.13) does not do."""
+    """Give a recomputed block the same dropout masks on Metal, which `checkpoint` (torch 2.13) does not do."""
     first: list[Tensor] = []
 
     def call(*arguments: Any) -> Tensor:
@@ -163,7 +168,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what results depend on."""
+    """Versions of the libraries that results depend on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"nanoft": __version__, "python": platform.python_version(), **libraries}
 
@@ -174,7 +179,7 @@ def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: 
     weight = torch.randn(outer, inner, device=device).to(dtype)
     flop, done, started = 2 * x.numel() * len(weight), 0, 0.0
     while done < 3 or time.perf_counter() - started < seconds:
-        if done == 2:  # the first ones warm up
+        if done == 2:  # the first two warm up
             started = time.perf_counter()
         (x @ weight.T)[0, 0].item()  # waits for the device
         done += 1
@@ -228,7 +233,7 @@ def select_device(device: torch.device, sharding: str) -> None:
     world_size = distributed.world_size()
     if sharding == "full" and world_size == 1:
         raise UserError(
-            "training.sharding: full shards the model over processes, and this is the only one: start it with "
+            "training.sharding: full shards the model over processes, but there is only one: start with "
             "torchrun --nproc-per-node N train.py, or set training.sharding=none"
         )
     if world_size > 1 and device.type == "mps":
@@ -238,7 +243,7 @@ def select_device(device: torch.device, sharding: str) -> None:
         if wanted > there:
             raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
         if "LOCAL_RANK" not in os.environ:
-            raise UserError("torchrun: LOCAL_RANK is not set, so no process knows its GPU: start with torchrun")
+            raise UserError("torchrun: LOCAL_RANK is not set, so a process cannot know its GPU: start with torchrun")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
@@ -247,7 +252,7 @@ def pick_config(overrides: list[str]) -> Path:
     device = choose_device(read_overrides(split_words(overrides)[1]).get("system.device", "auto"))
     path = config_for(device.type, total_memory_gb(device), choose_dtype("auto", device))
     if not distributed.process_rank():
-        print(f"auto      configs/{path.name}, because this is {describe_device(device)}")
+        print(f"auto      configs/{path.name}, chosen for {describe_device(device)}")
     return path
 
 

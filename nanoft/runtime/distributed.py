@@ -1,14 +1,14 @@
 """Data-parallel training with several processes: `torchrun --nproc-per-node N train.py CONFIG`.
 
 Every process (rank) runs the same program. The order of the samples is a pure function of (seed, epoch, index), so each
-rank knows the whole window of every optimizer step; it computes the micro-batches rank, rank + N, rank + 2 N, ... of
-it. The gradients are summed over the ranks once per window:
+rank knows the whole window of every optimizer step, and computes its micro-batches rank, rank + N, rank + 2 N, ...
+The gradients are summed over the ranks once per window:
 
     gradient = sum over ranks of d(loss of its micro-batches) / dw  /  units of the whole window
 
 so N ranks do what one rank does with N times the accumulation steps. All ranks then clip by the same norm and take the
-same optimizer step, so their weights stay equal. Only rank 0 prints, and reads and writes the run directory; it
-broadcasts what it finds. Control flow is decided from numbers that all ranks share.
+same optimizer step, so their weights stay equal. Only rank 0 prints and accesses the run directory; it broadcasts what
+it reads. Control flow depends only on values that all ranks share.
 
 The collectives here use torch.distributed: gloo on a CPU, NCCL between GPUs. Without torchrun the world size is 1, and
 they do nothing. Sharding (training.sharding=full) is in nanoft/kernels/sharding.py.
@@ -56,7 +56,7 @@ def world_size() -> int:
 
 
 def distributed_main(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Join the other ranks before a command's `main`, if torchrun started several; one rank prints an error."""
+    """Join the other ranks before a command's `main`, if torchrun started several; only one rank prints an error."""
 
     @functools.wraps(main)
     def on_every_rank(argv: list[str]) -> int:
@@ -145,8 +145,45 @@ def mark_sharded() -> None:
 
 
 def is_sharded() -> bool:
-    """Whether each rank holds a shard of every parameter only."""
+    """Whether each rank holds only a shard of every parameter."""
     return _sharded
+
+
+def keep_shard(module: nn.Module) -> None:
+    """Keep this rank's part of each tensor that was loaded of a module; a scalar stays whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor  # takes half a second, so only here
+
+    for name, whole in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if whole.dim() and not whole.is_meta and not hasattr(whole, "full_tensor"):
+            mesh = init_device_mesh(whole.device.type, (world_size(),))
+            part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
+            delattr(module, name)  # FSDP shards parameters only, so a buffer becomes one
+            module.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+
+
+@torch.no_grad()
+def gather_shards(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Make the parameters whole of which `keep_shard` has kept a part; returns the parts, by name."""
+    parts = {name: p for name, p in module.named_parameters() if hasattr(p, "full_tensor")}
+    for name, part in parts.items():
+        whole = part.full_tensor()
+        set_parameter(module, name, nn.Parameter(whole, requires_grad=part.requires_grad))
+    return parts
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """The module with whole parameters, for the duration of a `with` block; see `gather_shards`."""
+    parts = gather_shards(module)
+    yield parts
+    for name, part in parts.items():
+        set_parameter(module, name, part)
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    place, _, leaf = name.rpartition(".")
+    module.get_submodule(place).register_parameter(leaf, parameter)
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
@@ -161,15 +198,15 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
 
 
 def split_work(items: Iterable[T]) -> Iterator[T]:
-    """This rank's share of independent work, of items sorted by length short and long ones.
+    """This rank's share of independent work: every N-th item, so that each rank gets short and long ones.
 
-    All of it with a sharded model, which all ranks compute together.
+    With a sharded model it is all of the work, because all ranks compute together.
     """
     return iter(items) if _sharded else itertools.islice(items, process_rank(), None, world_size())
 
 
 def all_gather_dict(found: dict[int, T]) -> dict[int, T]:
-    """The union of what the ranks found with `split_work`, JSON values by number; with a sharded model, rank 0's."""
+    """The union of the ranks' results of `split_work`, JSON values by number; with a sharded model, rank 0's."""
     if _sharded:
         return dict(broadcast_from_rank0(lambda: list(found.items())))
     if _store is None:
@@ -181,7 +218,7 @@ def all_gather_dict(found: dict[int, T]) -> dict[int, T]:
 def gradients_summed_over_ranks(
     loss: Tensor, parameters: Sequence[nn.Parameter], seed: Sequence[int]
 ) -> Iterator[None]:
-    """Around the backward passes of this rank's share of a window: afterwards loss and gradients are the window's.
+    """Wrap the backward passes of this rank's share of a window; afterwards loss and gradients are the whole window's.
 
     `seed` is the run's seed, epoch and index of the window, for this rank's dropout.
     """
@@ -192,7 +229,7 @@ def gradients_summed_over_ranks(
 
 
 def seed_process(seed: int, epoch: int, index: int) -> None:
-    """Dropout of a rank is a pure function of (seed, rank, epoch, index); rank 0 keeps the generator of checkpoints."""
+    """Make a rank's dropout a pure function of (seed, rank, epoch, index); rank 0 keeps the checkpointed generator."""
     if process_rank():
         own = np.random.SeedSequence([seed, process_rank(), epoch, index]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(own))
@@ -258,7 +295,7 @@ def _all_reduce(values: Sequence[float], operation: Any) -> list[float]:
 
 @contextmanager
 def same_exception(device: torch.device) -> Iterator[None]:
-    """At the end of the block, raise an error of one rank on every rank; out of memory as `OutOfMemory`.
+    """At the end of the block, raise one rank's error on every rank; running out of memory becomes `OutOfMemory`.
 
     Another rank's error is a `TrainingFailed`; a rank's own error is raised as it is. With a sharded model the ranks
     wait for one another inside the block, so a rank without memory exits with 3.

@@ -1,10 +1,11 @@
-"""Energy that a run takes, as far as the hardware counts it:
+"""Energy that a run uses, as far as the hardware measures it:
 
     GPU         NVML, nvmlDeviceGetTotalEnergyConsumption: millijoules since the driver was loaded
     processor   Linux powercap, intel-rapl:N/energy_uj (also on AMD): microjoules, which wrap around at
                 max_energy_range_uj; on most systems only root may read them
 
-Counters that cannot be read are skipped, and memory, fans and power supply are not counted: it is a lower bound.
+Counters that cannot be read are skipped, and memory, fans and the power supply are not measured: the sum is a lower
+bound.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ JOULES_PER_WH = 3600
 
 
 class EnergyCounter:
-    """A hardware counter, in joules, which begins again at `wraps_at`."""
+    """A hardware counter, in joules, which wraps around at `wraps_at`."""
 
     def __init__(self, read: Callable[[], float], wraps_at: float = math.inf):
         self.read, self.wraps_at, self.last = read, wraps_at, read()

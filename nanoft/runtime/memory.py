@@ -1,16 +1,15 @@
-"""How much memory a run holds and may hold, on the device and on the host, and a monitor that warns before it runs out.
+"""The memory that a run holds and may hold, on the device and the host, and a monitor that warns before it runs out.
 
 The limit of a process is what it holds plus what is free. In a container or a batch job, Linux grants less than the
-machine has: the limits of all cgroups above the process count. On a Mac, host and GPU share one memory. PyTorch allows
-1.7 times what Metal recommends, beyond which macOS swaps without an error, so here the recommendation is the limit,
-unless PYTORCH_MPS_HIGH_WATERMARK_RATIO is set (docs/metal.md).
+machine has: the limits of all cgroups above the process apply. On a Mac, host and GPU share one memory. PyTorch allows
+1.7 times what Metal recommends, but above the recommendation macOS swaps without an error. So the recommendation is the
+limit here, unless PYTORCH_MPS_HIGH_WATERMARK_RATIO is set (docs/metal.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import os
 import re
 import resource
@@ -21,14 +20,13 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
+from nanoft.runtime.cores import own_cgroups
+
 WATERMARK = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"  # limit as a multiple of Metal's recommendation; 0: no limit
-CGROUPS = Path("/sys/fs/cgroup")  # limits of containers and batch systems
-MEMBERSHIP = Path("/proc/self/cgroup")  # the cgroups of this process
 
 
 def held_bytes(device: torch.device) -> float:
@@ -60,7 +58,7 @@ def memory_limit_bytes(device: torch.device) -> float:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Memory that new tensors may take on the device; what PyTorch holds there without using it counts on CUDA."""
+    """Memory that new tensors may take on the device; on CUDA this includes what PyTorch has reserved but not used."""
     in_use = torch.cuda.memory_allocated(device) if device.type == "cuda" else held_bytes(device)
     return memory_limit_bytes(device) - in_use
 
@@ -79,23 +77,17 @@ def total_memory_gb(device: torch.device) -> float:
 
 
 def available_host_bytes() -> float:
-    """Main memory that this process can still take without swapping: the machine's, or what a cgroup grants."""
+    """Main memory that this process can still take without swapping, on the machine and within its cgroups."""
     return float(min([psutil.virtual_memory().available, *(limit - used for limit, used in cgroup_limits())]))
 
 
 def cgroup_limits() -> Iterator[tuple[int, int]]:
-    """Limit and usage in bytes of each cgroup above this process (the kernel's admin-guide/cgroup-v2).
-
-    In a container, only the root may be visible.
-    """
-    with contextlib.suppress(OSError):  # not Linux
-        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
-        own = CGROUPS / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-        for directory in itertools.takewhile(lambda parent: parent.is_relative_to(CGROUPS), [own, *own.parents]):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
-                most, used = (int((directory / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
-                statistic = dict(row.split() for row in (directory / "memory.stat").read_text("utf-8").splitlines())
-                yield most, used - int(statistic.get("inactive_file", 0))  # page cache that can be dropped
+    """Limit and usage in bytes of each cgroup above this process."""
+    for directory in own_cgroups():
+        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`: no limit
+            most, used = (int((directory / f"memory.{name}").read_text("utf-8")) for name in ("max", "current"))
+            statistic = dict(row.split() for row in (directory / "memory.stat").read_text("utf-8").splitlines())
+            yield most, used - int(statistic.get("inactive_file", 0))  # page cache that can be dropped
 
 
 class OutOfMemory(Exception):
@@ -150,7 +142,7 @@ def read_memory(device: torch.device) -> MemoryReading:
 class MemoryMonitor:
     """Warns before memory runs out: at 85, 90 and 95 % of the limit, and when memory leaks.
 
-    It is a leak if the last readings rise along a line, and memory has grown by more than caches explain.
+    A leak is a nearly linear rise over the last readings, by more than caches explain.
     """
 
     LEVELS = (0.85, 0.90, 0.95)
@@ -160,7 +152,7 @@ class MemoryMonitor:
 
     def __init__(self, device: torch.device, every_s: float = 1.0):
         self.device, self.every_s = device, every_s  # seconds between readings; in between, only the clock is read
-        self._warned: dict[str, float] = {}  # place -> the highest level that was warned of
+        self._warned: dict[str, float] = {}  # place -> the highest level already reported
         self._leak_warned = False
         self._last_s = -float("inf")
         self._readings: deque[tuple[int, float]] = deque(maxlen=self.READINGS)  # (step, bytes)

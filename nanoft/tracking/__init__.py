@@ -1,5 +1,5 @@
-"""What a run records: read `run` first (the run directory and its events), then `trackers` (who else receives them).
+"""What a run records: read `run` first (the run directory and its events), then `trackers` (which also receive them).
 
-`plots`, `page` and `compare` read them back, during the run or later. `profiler` and `rank_usage` look inside training:
-gradients and time while it runs, the use of the adapters' rank when it is over.
+`plots`, `page` and `compare` read the events, during the run or later. `profiler` and `rank_usage` look inside
+training: gradients and time while it runs, the use of the adapters' rank at its end.
 """

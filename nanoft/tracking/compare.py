@@ -1,8 +1,8 @@
-"""Runs from outside: several side by side, or one while it trains. Only metrics.jsonl and files beside it are read.
+"""Compare runs, or follow one while it trains. Only metrics.jsonl and other files of the run directory are read.
 
 python -m nanoft compare runs/a runs/b --plot both.svg      a table, and the eval losses in one plot
 python -m nanoft compare runs/a runs/b --html both.html     the same as a page, with answers and reports
-python -m nanoft compare runs/a --follow                    curves in the terminal until the run is done
+python -m nanoft compare runs/a --follow                    curves in the terminal until the run ends
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compare(directories: Sequence[Path], plot: Path | None = None, html: Path | 
     directories = list(dict.fromkeys(directories))  # without duplicates
     for directory in directories:
         if not (directory / "metrics.jsonl").is_file():
-            raise UserError(f"{directory}: not a run that has started: it has no metrics.jsonl: give a run directory")
+            raise UserError(f"{directory}: has no metrics.jsonl: give the directory of a run that has started")
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names):  # ambiguous: show the whole paths
         names = [str(directory) for directory in directories]
@@ -82,7 +82,7 @@ def compare(directories: Sequence[Path], plot: Path | None = None, html: Path | 
 
 
 def side_by_side(header: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """Tables of at most 80 columns, of as many runs each as fit; of a text that is too long, the end is shown."""
+    """Tables of at most 80 columns, each with as many runs as fit; texts that are too long show their end."""
     room = 80 - len("|  |") - max(len(row[0]) for row in rows)
     widest = max(len(text) for row in [header, *rows] for text in row[1:])
     width = min(max(widest, 15), max(19, room // (len(header) - 1) - 3))  # 19: 12.3456 (step 1000)
@@ -94,7 +94,7 @@ def side_by_side(header: list[str], rows: list[list[str]]) -> Iterator[str]:
 
 
 def page_of_runs(directories: dict[str, Path], runs: dict[str, Events], rows: list[list[str]]) -> bytes:
-    """Several runs in one page: what differs, their eval losses, answers that are not the same, and their reports."""
+    """Several runs in one page: settings that differ, eval losses, answers that differ, and the reports."""
     names, pictures = list(directories), {}
     text = f"# {', '.join(names)}\n\n{markdown_table(['', *names], rows)}\n"
     if importlib.util.find_spec("matplotlib"):
@@ -109,7 +109,7 @@ def page_of_runs(directories: dict[str, Path], runs: dict[str, Events], rows: li
 
 
 def differing_answers(reports: list[dict[str, Any]]) -> list[list[str]]:
-    """HTML rows: a prompt that all runs have answered, what was wanted, and their answers, where these differ."""
+    """HTML rows for prompts that all runs answered differently: the prompt, the reference, and their answers."""
     try:
         each = [_part(report, "answers").get("each", []) for report in reports]
         by_run = [{(a["prompt"], a["reference"]): a["tuned"] for a in answers} for answers in each]
@@ -170,14 +170,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def follow(directory: Path, every_s: float) -> int:
-    """Show a run until it is done, or until no process owns it any more; not on a terminal, one line per event."""
+    """Show a run until it is done or no process owns it any more; outside a terminal, one line per event."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--follow: {directory}: not a directory: give a run directory")
     redraws, lock = sys.stdout.isatty(), directory / ".lock"
     seen: set[tuple[Any, ...]] = set()
     is_announced = False
     while True:
-        # Before reading the file. The lock itself is not touched, its note says who owns the run.
+        # Checked before the file is read. The lock is not taken; its note names the process that owns the run.
         note = lock.read_text("utf-8", errors="replace").strip() if lock.is_file() else ""
         is_running = not (directory / "metrics.jsonl").exists() or may_be_running(note)
         events = read_events(directory)
@@ -193,14 +193,14 @@ def follow(directory: Path, every_s: float) -> int:
                     print(wrap(event_line(line), 2), flush=True)
         elif not is_announced:
             is_announced = True
-            print(f"{directory}: has not started: waiting", flush=True)
+            print(f"{directory}: waiting for the run to start", flush=True)
         if events.of("done") or not is_running:
             break
         time.sleep(every_s)
     if events.damaged and not redraws:
         print(f"skipped {events.damaged:,} damaged lines")
     if not events.of("done"):
-        print(f"{directory}: stopped before it was done: run the same train.py command again to resume")
+        print(f"{directory}: stopped before its end: run the same train.py command again to resume")
     return 0
 
 

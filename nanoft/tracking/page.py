@@ -1,7 +1,7 @@
-"""report.html: report.md as one self-contained page, for a browser, light or dark as that prefers.
+"""report.html: report.md as one self-contained page, light or dark as the browser prefers.
 
-report.md is read back (it has only headings, tables, lists, paragraphs and blocks of answers), so both say the same.
-The curves are those of plots/curves.svg, inside the page, which refers to no other file or address and has no script.
+It is converted from report.md (headings, tables, lists, paragraphs and blocks of answers), so both have the same
+content. The curves of plots/curves.svg are embedded; the page refers to no other file or address and has no script.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ KINDS = {"#": "heading", "|": "table", "-": "list", "!": "picture", "": "space"}
 
 
 def write(directory: Path) -> Path:
-    """Write report.html of a run, from report.md and what was drawn of its curves; returns its path."""
+    """Write report.html of a run, from report.md and its curves, if drawn; returns its path."""
     replace_file(path := directory / "report.html", document(directory.resolve().name, report_of(directory)))
     return path
 
@@ -69,7 +69,7 @@ def document(title: str, body: str) -> bytes:
 
 
 def from_markdown(text: str, pictures: Mapping[str, str]) -> str:
-    """Markdown, as report.md has it, as HTML; pictures: the SVG of each path."""
+    """Convert the Markdown of report.md to HTML; `pictures`: path -> SVG."""
     parts = re.split(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)  # every second one is a block of text
     made = ([_block(part)] if number % 2 else _lines(part, pictures) for number, part in enumerate(parts))
     return "\n".join(itertools.chain(*made))
@@ -102,7 +102,7 @@ def table(header: list[str], rows: list[list[str]], kind: str = "figures") -> st
 
 
 def _block(text: str) -> str:
-    """A block of answers as a table, with those to a prompt side by side; any other as it is."""
+    """A block of answers as a table, with the answers to a prompt side by side; any other block unchanged."""
     blocks = [[ANSWER.fullmatch(line) for line in block.splitlines()] for block in text.strip("\n").split("\n\n")]
     if not all(match for block in blocks for match in block):
         return f"<pre>{escape(text)}</pre>"
@@ -116,7 +116,7 @@ def _text(text: str) -> str:
 
 
 def _inline(svg: str) -> str:
-    """A picture by matplotlib inside a page: no addresses, the page's colors, and no names but those it refers to."""
+    """Embed a picture by matplotlib: without addresses and unused ids, in the page's colors."""
     svg = re.sub(r'<metadata>.*?</metadata>| xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", svg)  # of clip paths and markers
     return svg.replace("#ffffff", "none").replace("#000000", "currentColor").replace("#d9d9d9", "var(--line)")

@@ -1,9 +1,9 @@
-"""The curves of a run: reads metrics.jsonl back, in whatever state it is, and plots it.
+"""Plot the curves of a run from metrics.jsonl, in whatever state that is.
 
     python -m nanoft plot runs/tiny        writes runs/tiny/plots/curves.png and curves.svg, also during training
 
-Damaged lines are counted and skipped: the run may have been killed in the middle of one. Curves differ in dashes and
-markers, too, so they survive a black and white print; the same metrics.jsonl gives the same bytes. During training,
+Damaged lines are counted and skipped: the run may have been killed in the middle of one. Curves also differ in dashes
+and markers, for black-and-white prints; the same metrics.jsonl gives the same bytes. During training,
 plots are drawn in a separate process (nanoft/tracking/trackers.py), so this module imports neither torch nor anything
 that does. Without matplotlib, `chart` draws the loss as text.
 """
@@ -31,7 +31,7 @@ PANELS = [  # title -> curves: name, event, key; a panel without data is left ou
     ("loss", [(name, kind, "loss") for name, kind in EVENTS]),
     ("reward", [(name, kind, "reward") for name, kind in EVENTS]),
     ("reward of answers", [("chosen", "train", "rewards/chosen"), ("rejected", "train", "rewards/rejected")]),
-    ("pairs ranked right", [(name, kind, "rewards/accuracies") for name, kind in EVENTS]),
+    ("pairs ranked correctly", [(name, kind, "rewards/accuracies") for name, kind in EVENTS]),
     ("tokens per sampled answer", [(name, kind, "completion_tokens") for name, kind in EVENTS]),
     ("gradient norm", [("gradient norm", "train", "grad_norm")]),
     ("learning rate", [("learning rate", "train", "learning_rate")]),
@@ -118,7 +118,7 @@ def as_event(line: bytes) -> dict[str, Any] | None:
 
 
 def draw(directory: Path) -> list[Path]:
-    """Write plots/curves.png and .svg of a run, and put them into its report.html; returns the paths."""
+    """Write plots/curves.png and .svg of a run, and update its report.html; returns the paths."""
     picture, folder = figure(read_events(directory), directory.resolve().name), directory / "plots"
     folder.mkdir(exist_ok=True)
     paths = [save(picture, folder / "curves.png"), save(picture, folder / "curves.svg")]
@@ -142,7 +142,7 @@ def figure(events: Events, title: str) -> Any:
             draw_curves(axes, name, [(label, events.series(*of), ".".join(of)) for label, *of in curves])
             if best and any(event == "eval" for _, event, _ in curves):
                 axes.axvline(best["step"], color="0.5", linestyle=":", label=best_label)
-                best_label = "_"  # once is enough: matplotlib hides this one
+                best_label = "_"  # label only one of them: matplotlib hides names that start with _
             if len(curves) > 1:  # above the axes, where it covers no curve
                 axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
     return picture
@@ -166,7 +166,7 @@ def comparison(runs: dict[str, Events]) -> Any:
 
 
 def draw_curves(axes: Any, title: str, curves: list[tuple[str, Curve, str]], few: int = 40) -> None:
-    """Plot curves, up to `few` points with markers, by label, steps and values, and id in an SVG."""
+    """Plot curves, given as label, points and SVG id; those with at most `few` points get markers."""
     axes.set(title=title, xlabel="optimizer step")
     for index, (label, points, gid) in enumerate(curves):
         mark = MARKS[index % len(MARKS)] if len(points[0]) <= few else ""
@@ -177,7 +177,7 @@ def draw_curves(axes: Any, title: str, curves: list[tuple[str, Curve, str]], few
 
 
 def chart(curve: Curve, marks: Curve = ([], []), width: int = 79, height: int = 6) -> list[str]:
-    """A curve as text, in columns of blocks, and another one as `o`; the axes have the extremes of both."""
+    """Draw a curve as text, in columns of blocks, and another one as `o`; the axes show the extremes of both."""
     known = [[(x, y) for x, y in zip(*points, strict=True) if math.isfinite(y)] for points in (curve, marks)]
     if not known[0] + known[1]:
         return ["  (no data yet)"]

@@ -47,7 +47,7 @@ class Profiler:
     def __exit__(self, *error: Any) -> None:
         if self._profile is not None:
             if self._profile.step_num < WAIT + WARM_UP:
-                self.run.print(f"profile   empty: recording starts after {WAIT + WARM_UP} steps, and the run had fewer")
+                self.run.print(f"profile   empty: recording starts after {WAIT + WARM_UP} steps, but the run had fewer")
             self._profile.stop()
         self._open.__exit__(*error)
 
@@ -78,8 +78,8 @@ class Profiler:
 def gradients_by_module(trained: Iterable[tuple[str, nn.Parameter]], scale: float = 1.0) -> dict[str, dict[str, float]]:
     """Norm, maximum magnitude and share of zeros of the gradients by module type (q_proj, down_proj, ...).
 
-    Many zeros: features that a module never sees; a norm far below the others': a module that does not learn. A
-    parameter without a gradient counts as zeros; `scale` undoes clipping.
+    Many zeros mean features that a module never sees; a norm far below the others means a module that does not learn.
+    A parameter without a gradient counts as zeros; `scale` undoes clipping.
     """
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained:

@@ -1,13 +1,13 @@
-"""Was the rank right? How much of its r directions each adapter used, measured once after training.
+"""Was the rank right? Measure after training how many of its r directions each adapter used.
 
 The update dW = scaling * B A has at most rank r; its singular values show how much of that is used. They are those of
 an r x r matrix, so dW itself is never formed:
 
     B = Q_B R_B,    A^T = Q_A R_A,    dW = Q_B (scaling * R_B R_A^T) Q_A^T,    Q_B and Q_A with orthonormal columns
 
-How far to trust the advice: directions without energy were not needed. A full spectrum is only a hint, because noise
-fills all directions equally: try the larger rank, and trust the validation loss. Early in training a spectrum is no
-evidence, because B starts at 0 and AdamW's first step is lr * sign(gradient).
+How reliable is the advice? Directions without energy were not needed. A full spectrum is only a hint, because noise
+fills all directions equally: try the larger rank, and trust the validation loss. Early in training a spectrum proves
+nothing, because B starts at 0 and AdamW's first step is lr * sign(gradient).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def effective_rank(sigma: Tensor) -> float:
 
 
 def directions_for_energy(sigma: Tensor, share: float) -> int:
-    """How many of the largest singular values hold this share of the energy sum(sigma^2); 0 for a zero matrix."""
+    """The number of largest singular values with this share of the energy sum(sigma^2); 0 for a zero matrix."""
     energy = sigma.square().cumsum(0)
     return int((energy < share * energy[-1]).sum()) + 1 if sigma.any() else 0
 
@@ -79,13 +79,13 @@ def measure_rank_usage(adapter: LoRALinear) -> RankUsage:
 
 
 def advise(modules: Sequence[RankUsage], step: int) -> tuple[str, str]:
-    """What to do about the rank of several modules, and why: a lower rank must be enough for all of them."""
+    """Advice on the rank of several modules, and the reason; a lower rank must be enough for all of them."""
     rank, most = max(m.rank for m in modules), max(m.directions_99 for m in modules)
     enough = 1 << max(most - 1, 0).bit_length()  # the next power of two
     fullness = median(m.effective_rank / m.rank for m in modules)
     tail = median(m.singular_values[-1] / (m.singular_values[0] or 1.0) for m in modules)
     if step < MIN_STEPS:
-        return "no advice", f"{step} steps are not enough evidence, {MIN_STEPS} are needed"
+        return "no advice", f"{step} steps are not enough evidence; {MIN_STEPS} are needed"
     if most == 0:
         return "no advice", "the update is zero"
     if enough <= rank / 2:  # a smaller saving is not worth another run

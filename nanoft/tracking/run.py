@@ -2,7 +2,7 @@
 
     runs/tiny/
         config.json      resolved settings, library versions, hashes of the data and the base model
-        fields.txt       what each name in the config file became, if the file has another program's schema
+        fields.txt       the translation of each name in the config file, if it has another program's schema
         metrics.jsonl    one JSON object per line: train, eval, sample, gradients, checkpoint, warning, memory, done
         train.log        what the terminal showed
         plots/           curves.png and curves.svg
@@ -13,7 +13,7 @@
         preview.txt      a few samples as the model sees them
         report.md, report.html, report.json
 
-One process owns the directory at a time, and a run that is refused before its first step leaves no directory behind.
+Only one process owns the directory at a time. A run that is refused before its first step leaves no directory behind.
 Logging never stops training: a line of metrics.jsonl that cannot be written is kept in memory and written later.
 """
 
@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from nanoft import UserError
 from nanoft.io.atomic import replace_file, write_all
+from nanoft.io.tables import for_terminal
 from nanoft.io.untrusted import redact
 from nanoft.runtime.distributed import broadcast_from_rank0
 from nanoft.tracking import page
@@ -55,7 +56,7 @@ class Meter:
     """Loss and throughput since the last log line and over the whole run; part of the checkpointed state."""
 
     nats: float = 0.0  # summed loss since the last log line
-    units: float = 0.0  # that the loss is a mean of, by the objective; SFT: target tokens
+    units: float = 0.0  # number of units that the loss is a mean over; SFT: target tokens
     tokens: int = 0  # non-padding
     target_tokens: int = 0
     seconds: float = 0.0
@@ -75,7 +76,7 @@ class Meter:
         self.total_joules += joules
 
     def flush(self) -> dict[str, float]:
-        """Return the means since the last call (of the loss, per unit of the objective) and start the next interval."""
+        """Return the means since the last call (the loss per unit of the objective) and start the next interval."""
         seconds = max(self.seconds, 1e-9)
         speeds = {"tokens_per_second": self.tokens / seconds, "target_tokens_per_second": self.target_tokens / seconds}
         values = {"loss": self.nats / self.units, **speeds}
@@ -87,7 +88,7 @@ class Meter:
 
 
 class AppendOnlyFile:
-    """A file that only grows, by complete lines, even if writes fail; pending lines are written with the next one."""
+    """A file that grows by complete lines only, even if writes fail; pending lines are written with the next one."""
 
     def __init__(self, path: Path):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -111,7 +112,7 @@ class AppendOnlyFile:
         try:
             write_all(self._file, self._pending)
         except OSError:
-            with contextlib.suppress(OSError):  # otherwise `open_metrics` drops the torn line on resume
+            with contextlib.suppress(OSError):  # if this fails too, `open_metrics` drops the torn line on resume
                 os.ftruncate(self._file, self._end)
             raise
         self._end += len(self._pending)
@@ -148,7 +149,7 @@ class Run:
         self.trackers: list[Tracker] = []
         self._step = 0  # of the newest event
         self._metrics: AppendOnlyFile | None = None
-        self._failed: set[str] = set()  # files with a failed write; there is one warning for each
+        self._failed: set[str] = set()  # files with a failed write; each gets one warning
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -191,7 +192,7 @@ class Run:
         os.close(self._lock)
 
     def recorded_config(self) -> dict[str, Any] | None:
-        """config.json of the run to resume, or None if no run has started here."""
+        """The config.json of the run to resume, or None if no run has started here."""
         path = self.directory / "config.json"
         if not path.is_file() or not (self.directory / "metrics.jsonl").is_file():
             return None
@@ -230,14 +231,14 @@ class Run:
         """Open metrics.jsonl for appending, without the events after `step`, which will be logged again.
 
         The window at `position`, (epoch, window), comes next; those that were `skipped` will not be retried, so their
-        events are kept. After a roll-back to `step`, so are all warnings that are not about windows.
+        events are kept. After a rollback to `step`, all warnings that are not about windows are kept too.
         """
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-        (self.directory / "report.json").unlink(missing_ok=True)  # it marks a finished run
+        (self.directory / "report.json").unlink(missing_ok=True)  # marks a finished run
         path, kept = self.directory / "metrics.jsonl", []
-        known = step if step or rolled_back else -1  # what came before the first step will be logged again
+        known = step if step or rolled_back else -1  # events before the first step will be logged again
         for line, values in self._events():
             if "window" in values:
                 keep = values["window"] < position or values["window"] in skipped
@@ -274,11 +275,11 @@ class Run:
             self._remove(tracker, failure)
 
     def print(self, text: str = "") -> None:
-        """Print to the terminal, above the progress bar, if its level allows it, and to train.log."""
+        """Print to train.log and, if logging.level allows it, to the terminal, above the progress bar."""
         text = redact(text)
         with contextlib.suppress(OSError, ValueError):  # stdout is closed; train.log still gets the line
             if is_shown(text, self.level):
-                tqdm.write(text, file=sys.stdout)
+                tqdm.write(for_terminal(text), file=sys.stdout)
         try:
             with open(self.directory / "train.log", "ab") as log:
                 log.write(to_utf8(text + "\n"))
@@ -286,13 +287,13 @@ class Run:
             self._warn_once("train.log", error)
 
     def write_report(self, report: dict[str, Any], markdown: str) -> None:
-        """Write report.md, the same as report.html, and then report.json, which marks the run as finished."""
+        """Write report.md and report.html, and then report.json, which marks the run as finished."""
         replace_file(self.directory / "report.md", to_utf8(redact(markdown)))
         page.write(self.directory)
         replace_file(self.directory / "report.json", to_utf8(redact(to_json(report, indent=2)) + "\n"))
 
     def sync(self) -> None:
-        """Flush the metrics to disk, before each checkpoint; a UserError if the directory was removed or replaced."""
+        """Flush the metrics to disk before each checkpoint; a UserError if the directory was removed or replaced."""
         assert self._metrics is not None, "open_metrics() comes first"
         try:
             is_ours = os.path.samestat(os.stat(self.directory / ".lock"), os.fstat(self._lock))
@@ -319,8 +320,8 @@ class Run:
     def _take_lock(self) -> None:
         """Lock the directory; the kernel releases the lock of a dead process.
 
-        On file systems without `flock` (some network mounts), the owner noted in the file decides; one on another host
-        is assumed to run. There, two processes that start at the same instant may both succeed.
+        On file systems without `flock` (some network mounts), the owner noted in the file decides; an owner on another
+        host is assumed to be running. There, two processes that start at the same instant may both succeed.
         """
         note = os.pread(self._lock, 1000, 0).decode(errors="replace").strip()
         try:
@@ -338,7 +339,7 @@ class Run:
 
 
 def may_be_running(note: str) -> bool:
-    """Whether the process that wrote a lock's note may still be running; a later process may have its pid."""
+    """Whether the process that wrote a lock's note may still be running; a later process may reuse its pid."""
     words = note.split(maxsplit=4)  # 1234 on host since 2025-01-31 12:00:00
     if len(words) < 5 or words[2] != socket.gethostname():
         return bool(note)

@@ -1,7 +1,7 @@
-"""Trackers: plots, which are drawn by default, and TensorBoard, trackio and Weights & Biases, which are off.
+"""Trackers: plots, which are on by default, and TensorBoard, trackio and Weights & Biases, which are off by default.
 
 `Run.log` passes each event, with access tokens redacted, to every tracker. A tracker must neither end nor slow a run:
-one that raises is removed with a warning, and plots are drawn by another process, for at most a tenth of the time.
+one that raises is removed with a warning, and plots are drawn in a separate process, for at most a tenth of the time.
 TensorBoard: `tensorboard --logdir RUN/tensorboard`. trackio: `TRACKIO_DIR=RUN/trackio trackio show`. Weights & Biases:
 upload RUN/wandb with `wandb sync`.
 """
@@ -27,7 +27,7 @@ from nanoft.config.fields import nearest, parse
 from nanoft.tracking.plots import number
 from nanoft.tracking.run import Tracker
 
-TIMEOUT_S = 60.0  # for one drawing
+TIMEOUT_S = 60.0  # for drawing the plots once
 
 
 def is_installed(package: str) -> bool:
@@ -35,13 +35,14 @@ def is_installed(package: str) -> bool:
 
 
 def chosen_trackers(report_to: str | tuple[str, ...]) -> list[str]:
-    """Those of logging.report_to, which may be a list as text; all: every one that is installed; auto: one of those."""
+    """The trackers that logging.report_to names; all: every one that is installed; auto: the first, but never W&B."""
     names = parse("logging.report_to", report_to, tuple[str, ...]) if isinstance(report_to, str) else report_to
     known = ("none", "auto", "all", *TRACKERS)
     for name in [name for name in names if name not in known]:
         raise UserError(f"logging.report_to: {name!r:.60} is not a tracker{nearest(name, known)}")
     installed = [name for name in TRACKERS if is_installed(name)]
-    also = installed if "all" in names else installed[:1] if "auto" in names else []
+    local = [name for name in installed if name != "wandb"]
+    also = installed if "all" in names else local[:1] if "auto" in names else []
     return [name for name in TRACKERS if name in (*names, *also)]
 
 
@@ -111,7 +112,7 @@ class Plots:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C must reach the training only, which ends this process itself
+            start_new_session=True,  # Ctrl-C must reach only the training process, which ends this one itself
         )
 
     def _collect(self, wait: bool = False) -> None:
@@ -184,7 +185,7 @@ class WandB:
             config=self.config.to_dict(),
             settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
         )
-        run.define_metric("*", step_metric="step")  # W&B's own step cannot go back after a rollback
+        run.define_metric("*", step_metric="step")  # W&B's own step cannot decrease after a rollback
         return run
 
     def _send(self, values: dict[str, float], step: int) -> None:
@@ -192,7 +193,7 @@ class WandB:
 
 
 class Trackio(WandB):
-    """trackio, which follows W&B, in RUN/trackio unless TRACKIO_DIR says otherwise."""
+    """trackio, whose API follows W&B's, in RUN/trackio unless TRACKIO_DIR says otherwise."""
 
     name = "trackio"
 

@@ -1,6 +1,6 @@
-"""What surrounds the loop of train.py, in the order of a run.
+"""Everything around the loop of train.py, in the order of a run.
 
 `setup` builds what the loop needs; `preflight`, `memory_plan` and `self_test` check that it fits and is correct;
-`state`, `progress` and `recovery` keep a run alive; `finalize` evaluates and writes the result. `doctor` checks a
+`state`, `progress` and `recovery` keep a run going; `finalize` evaluates and writes the result. `doctor` checks a
 machine.
 """

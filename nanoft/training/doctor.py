@@ -1,8 +1,8 @@
-"""Will it run here? What the machine can do, tried rather than looked up.
+"""Check by trial what the machine can do.
 
 An installed library may not work, a listed kernel may refuse, an existing disk may be full. So each line is the outcome
-of a small trial: ok; warn, for what will be slow or is missing but not needed by this config; FAIL, for what prevents a
-run. warn and FAIL say what to do.
+of a small trial: ok; warn, if something will be slow, or is missing but not needed by this config; FAIL, if it prevents
+a run. warn and FAIL say what to do.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ from nanoft.training.preflight import check_room
 from nanoft.training.validation import validate_config
 
 TESTED = {"python": ((3, 11), (3, 15)), "torch": ((2, 8), (2, 14))}  # first supported, first untested
-FIX_BITSANDBYTES = "reinstall or update it, or quantization.bits=16 and training.optimizer=adamw"
+FIX_BITSANDBYTES = "reinstall or update it, or set quantization.bits=16 and training.optimizer=adamw"
 GB_ON_DISK = 10  # below this a checkpoint or a model may not fit
 
 
 def check_machine(device: torch.device, config: Config | None = None) -> Iterator[Check]:
-    """Checks of the machine; what the config does not need is no worse than warn."""
+    """Checks of the machine; a failure of something that the config does not need is only a warning."""
     yield from versions()
     if device.type == "mps":
         yield metal()  # first: with a limit that PyTorch refuses, nothing else works
@@ -103,7 +103,7 @@ def metal() -> Check:
     """The memory limit of PyTorch on Metal. Source: PyTorch's notes on MPS environment variables."""
     macos, ratio = f"macOS {platform.mac_ver()[0]}", os.environ.get(WATERMARK)
     if ratio is None:
-        return Check("Metal", "ok", f"{macos}; the limit is what Metal recommends; beyond it a Mac swaps")
+        return Check("Metal", "ok", f"{macos}; memory is limited to what Metal recommends, beyond which a Mac swaps")
     is_safe = ratio.replace(".", "", 1).isdecimal() and 0 < float(ratio) <= 1  # 0: no limit
     fix = "" if is_safe else f"unset {WATERMARK}, or set it to at most 1: a Mac swaps before memory runs out"
     return Check("Metal", "ok" if is_safe else "warn", f"{macos}; {WATERMARK}={ratio}", fix)
@@ -195,7 +195,7 @@ def _try(name: str, trial: Callable[[], str | Check]) -> Check:
 
 
 def validate_environment(config: Config, machine: Machine) -> None:
-    """Refuse what this machine cannot run with a UserError, before anything is downloaded, read or loaded."""
+    """Raise a UserError for what this machine cannot run, before anything is downloaded, read or loaded."""
     check_optimizer(config.training.optimizer, machine.device)
     require_tracker_packages(config.logging)
     if needs_bitsandbytes(config) and not (packing := four_bits(machine.device)).passed:
@@ -230,7 +230,7 @@ def _model(config: Config) -> str:
 
 
 def _data(config: Config) -> str:
-    """Local files exist and can be read; nothing is downloaded from the Hub."""
+    """Check that local files exist and can be read; nothing is downloaded from the Hub."""
     named = {"data.train_file": config.data.train_file, "data.validation_file": config.data.validation_file}
     given = {field: spec for field, spec in named.items() if spec is not None}
     for field, spec in given.items():

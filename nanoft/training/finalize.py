@@ -1,6 +1,6 @@
-"""After the last step of a run: the result, what it is worth, and the report.
+"""After the last step of a run: write the result, evaluate it, and report.
 
-The best weights are written first: a measurement that fails costs a line of the report, not the result.
+The best weights are written first, so that a failed evaluation costs a line of the report, not the result.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
         load_weights(ctx, Checkpoint(ctx.checkpoints.path(step), {}))
     if bad := next((name for name, p in ctx.trained if not sharding.full_tensor(p.isfinite().all())), None):
         rate = ctx.config.training.learning_rate
-        raise TrainingFailed(f"after step {step} {bad} is not finite: lower training.learning_rate ({rate:g})")
+        raise TrainingFailed(f"after step {step}, {bad} is not finite: lower training.learning_rate ({rate:g})")
     result = distributed.broadcast_from_rank0(lambda: str(export(ctx, step)))
     if not ctx.adapters:
         with torch.no_grad():
@@ -60,7 +60,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
     training["peak_memory_gb"] = round(peak_memory_gb(ctx.device), 3)
     if ctx.scaler.is_enabled():
         training["overflow_steps"] = state.overflow_steps
-    if state.meter.total_joules and distributed.world_size() == 1:  # what other ranks took is not known here
+    if state.meter.total_joules and distributed.world_size() == 1:  # the energy of other ranks is unknown
         training["energy_wh"] = round(state.meter.total_joules / JOULES_PER_WH, 6)
     tuned = measure(ctx, state, ctx.model)
     base = None
@@ -76,7 +76,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
     if distributed.process_rank():
         return 0
     chart = curves = ""
-    if ctx.config.logging.plots != "none":  # drawn when the run is over, or now as text
+    if ctx.config.logging.plots != "none":  # drawn when the run has ended, or now as text
         chart = "" if is_installed("matplotlib") else "\n".join(["", *plots.loss_chart(plots.read_events(where))])
         curves = f"```{chart}\n```" if chart else "![curves](plots/curves.png)"
     values, terminal, markdown = report(replace(report_inputs(ctx, base, tuned, training), curves=curves))
@@ -90,7 +90,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
     markdown += f"{section}\n## Data\n\n{data}\n"
     log_memory(ctx, state, "finished")
     ctx.run.log("done", state.step, **training)
-    ctx.run.write_report({**values, **usage, "data": ctx.corpus.report}, markdown)  # after it, the run has ended
+    ctx.run.write_report({**values, **usage, "data": ctx.corpus.report}, markdown)  # marks the end of the run
     ctx.run.print(f"{chart}\n{terminal}{advice}" if chart else terminal + advice)
     done = f"{state.step} steps in {format_duration(seconds)}, {speed:,.0f} tokens/s"
     ctx.run.print(f"\nresult    {result}: {done}\n          report in {where}/report.html")
@@ -104,13 +104,13 @@ def best_step(ctx: TrainContext, state: TrainState) -> int:
         try:
             ctx.checkpoints.verify(ctx.checkpoints.path(step))
         except CheckpointCorrupted as reason:
-            ctx.run.print(f"warning: {reason}: the result is not the best checkpoint, but the last")
+            ctx.run.print(f"warning: {reason}: the result is the last checkpoint, not the best")
             return state.step
     return step
 
 
 def export(ctx: TrainContext, step: int) -> Path:
-    """Write the model's weights, those of that step; a sharded model is assembled on the CPU from the checkpoint."""
+    """Write the model's weights after `step`; a sharded model is assembled on the CPU from the checkpoint."""
     if ctx.config.training.sharding == "full":
         model = load_base(ctx.config, ctx.machine, ctx.files, ctx.model.config.vocab_size, on_cpu=True)
         adapters = inject_lora(model, ctx.config.lora, ctx.config.system.seed) if ctx.adapters else {}
@@ -122,10 +122,10 @@ def export(ctx: TrainContext, step: int) -> Path:
 
 
 def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.EvalResult:
-    """Validation loss and answers to held-out prompts; nothing, and an event, if that fails: the result is saved.
+    """Validation loss and answers to held-out prompts; if that fails, an event and an empty result.
 
     Raises:
-        NotFinite: the model answers with NaN, so the result is worth nothing.
+        NotFinite: the model's logits are NaN, so the result is useless.
     """
     e = ctx.config.evaluation
     try:
@@ -145,7 +145,7 @@ def report_inputs(
     if e.by_field and len(ctx.validation):
         try:
             groups = {e.by_field: ctx.corpus.field_values(measured, e.by_field)}
-        except UserError as reason:  # the run is done: no reason to lose its report
+        except UserError as reason:  # must not cost the report
             ctx.run.print(f"warning: {reason}")
     provenance: dict[str, Any] = {"base": ctx.config.model.name, "data": ctx.config.data.train_file}
     provenance |= {"settings": settings_of(ctx.config), **(ctx.run.recorded_config() or {}).get("provenance", {})}

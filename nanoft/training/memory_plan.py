@@ -1,13 +1,13 @@
-"""Memory and time of a run before anything is loaded: by arithmetic from the model's shape and the settings.
+"""Predict memory and time of a run before anything is loaded, from the model's shape and the settings.
 
-Most of what a step takes can be counted: weights, gradients, the optimizer's moments, one chunk of logits, and the
-activations that backward waits for. With LoRA a block keeps
+Most of a step's memory can be counted: weights, gradients, the optimizer's moments, one chunk of logits, and the
+activations kept for backward. With LoRA a block keeps
 
-    2 hidden + 2 q + 2 k + 2 intermediate + the u of each adapter        numbers a token
+    2 hidden + 2 q + 2 k + 2 intermediate + the u of each adapter        numbers per token
 
 (residual stream twice, queries, keys, values and the attention's output, gate and up), for Mistral-7B in bfloat16
-92 KiB; a block that is recomputed keeps `hidden`, 8 KiB. What cannot be counted, the memory of kernels and what an
-allocator cannot use again, is a constant and a share, measured with `bench/plan.py`.
+92 KiB; a block that is recomputed keeps `hidden`, 8 KiB. What cannot be counted (memory of kernels, fragmentation of
+the allocator) is a constant and a share, measured with `bench/plan.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nanoft.config import Config
 from nanoft.config.functions import RUN
 from nanoft.config.loading import load_file
 from nanoft.config.settings import config_warnings
-from nanoft.io.tables import wrap
+from nanoft.io.tables import for_terminal, wrap
 from nanoft.kernels.attention import CHUNK
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import LoRALinear, inject_lora, linears_of
@@ -43,18 +43,18 @@ from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
-from nanoft.runtime.device import Machine, matmul_gflop_s
-from nanoft.runtime.memory import OutOfMemory, held_bytes, is_out_of_memory
+from nanoft.runtime.device import Machine, matmul_gflop_s, set_threads
+from nanoft.runtime.memory import OutOfMemory, available_host_bytes, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 
 MiB = 2**20
-# Besides what is counted: bytes of kernels, caches and threads; and how many tensors of (tokens, intermediate) and of
-# (tokens, hidden) a step holds at once: of backward through an MLP silu, the product, three gradients and two sums.
+# What cannot be counted: bytes of kernels, caches and threads; and the number of temporary tensors of
+# (tokens, intermediate) and (tokens, hidden): in backward of an MLP silu, the product, three gradients and two sums.
 KERNELS, TRANSIENT = 64 * MiB, (7, 0)
 # On a CPU, by the bytes of a number: larger, because the allocator cannot reuse everything that was freed.
 KERNELS_CPU, TRANSIENT_CPU = {2: 110 * MiB, 4: 140 * MiB}, {2: (14, 46), 4: (10, 14)}
-BITSANDBYTES = 70 * MiB  # of the library itself, which a 4-bit base brings; counted on a CPU
-EFFICIENCY = {"cpu": 0.5}  # of what bare matrix products reach, measured (bench/step.md); others: not measured
+BITSANDBYTES = 70 * MiB  # of the library itself, needed for a 4-bit base; counted on a CPU
+EFFICIENCY = {"cpu": 0.5}  # share of the speed of bare matrix products, measured (bench/step.md); others: not measured
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
 ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """The sum of the parts, of which the loss and the backward pass through a block are not held at once."""
+        """The sum of the parts, except that the loss and backward through a block never exist at the same time."""
         return sum(self.parts.values()) - min(self.parts["backward"], self.parts["loss"])
 
 
@@ -77,17 +77,17 @@ class Counts:
     """Parameters of the model, without storage: linears of the blocks, the other weights, and what is trained."""
 
     linears: int
-    scales: float  # bytes beside the codes of packed linears
+    scales: float  # bytes of the scales of packed linears
     others: int
     trained: int
-    adapters: int  # numbers of the adapters: what is trained, and what a variant keeps beside it
+    adapters: int  # numbers of the adapters: trained ones, and those that a variant keeps in addition
     ranks: int  # sum over the adapters of a block
-    trains_head: bool = False  # beside a frozen base
-    rank_warnings: tuple[str, ...] = ()  # about adapters of a higher rank than their matrix can have
+    trains_head: bool = False  # although the base is frozen
+    rank_warnings: tuple[str, ...] = ()  # about adapters with a higher rank than their matrix can have
 
 
 def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
-    """Build the model on the `meta` device, adapters and all, and count what it has."""
+    """Build the model and its adapters on the `meta` device, and count their parameters."""
     with torch.device("meta"):
         model = Decoder(decoder)
     if trains_score(config):
@@ -112,14 +112,14 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
 
 
 def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """B A (out, in) has at most the rank min(out, in), however many rows A and columns B have."""
+    """Warn of adapters whose rank is above that of B A (out, in), which is at most min(out, in)."""
     shapes = {name: (len(a.lora_B), *a.lora_A.shape) for name, a in adapters.items() if isinstance(a, LoRALinear)}
     above = [(name, shape) for name, shape in shapes.items() if shape[1] > min(shape)]
     if not above:
         return ()
     name, (out, rank, inputs) = above[0]
     found = f"{rank} is more than {min(out, inputs)}, the full rank of {name} ({out} x {inputs})"
-    return (f"lora.rank: {found}, and so it is for {len(above)} of {len(shapes)} adapters: lower it",)
+    return (f"lora.rank: {found}, as for {len(above)} of {len(shapes)} adapters: lower it",)
 
 
 def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
@@ -129,11 +129,11 @@ def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps
     high = 2e-4 if t.method == "lora" else 2e-5
     steps = total_steps or t.max_steps or 10**9  # unknown: many
     if t.optimizer.startswith("adamw") and t.learning_rate > high and not warmup_steps(steps, t):
-        fix = "the first steps are the largest, on moments that are noise: set training.warmup_steps"
-        warnings.append(f"training.learning_rate={t.learning_rate}: high for a run without warm-up: {fix}")
+        why = "high for a run without warm-up, because Adam's first moments are noisy"
+        warnings.append(f"training.learning_rate={t.learning_rate}: {why}: set training.warmup_steps")
     if longest > files.context_length:
         known = f"{files.context_length:,} positions (max_position_embeddings): lower it"
-        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, and the base knows {known}")
+        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, but the base knows {known}")
     return warnings
 
 
@@ -141,12 +141,12 @@ def estimate_memory(
     decoder: DecoderConfig, counts: Counts, config: Config, device_type: str, dtype: torch.dtype,
     rows: int, length: int, keep: Sequence[ActivationPolicy], baseline: float, target_share: float = 1.0,
 ) -> Plan:  # fmt: skip
-    """What one micro-batch of rows x length tokens takes in training.
+    """The memory that one micro-batch of rows x length tokens takes in training.
 
     Args:
-        keep: of each block's activations, as in Decoder.activation_policy.
+        keep: what each block keeps, as in Decoder.activation_policy.
         baseline: bytes of the process before anything is loaded, on a CPU.
-        target_share: of the tokens that are targets.
+        target_share: share of the tokens that are targets.
     """
     full, e = config.training.method == "full", dtype.itemsize
     copied = bool(config.lora.start_from) and OBJECTIVES[config.training.objective].learns != "turns"
@@ -154,12 +154,11 @@ def estimate_memory(
     tokens = rows * length
     bits = 16 if full or config.quantization.dequantize == "cached" else config.quantization.bits
     moments = OPTIMIZERS[config.training.optimizer].bytes_per_parameter(config.training)
-    layers = [decoder.of_layer(layer) for layer in range(decoder.num_layers)]
-    blocks = [kept_by_block(layer, counts, config, e) * tokens for layer in layers]
+    blocks = [kept_by_block(layer, counts, config, e) * tokens for layer in decoder.by_layer]
     waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     cpu = device_type == "cpu"
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
-    widest = max(layer.intermediate_size for layer in layers)
+    widest = max(layer.intermediate_size for layer in decoder.by_layer)
     inner = widest / (2 if decoder.mlp == "plain" else 1)  # without a gate there is half of it
     transient = (wide * inner + narrow * decoder.hidden_size) * tokens * e
     again = max((block for block, one in zip(blocks, keep, strict=True) if one != "all"), default=0.0)  # one at a time
@@ -167,7 +166,11 @@ def estimate_memory(
     chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
     split = config.training.sharding == "full"
     part = 1 / config.system.ranks if split else 1.0  # of weights, gradients and moments, on each rank
-    gathered = stored * (2 * counts.linears / decoder.num_layers + counts.others)  # this block, the next, and the rest
+    linears = counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16)
+    table, scored = 0 if full else decoder.vocab_size * decoder.hidden_size, trains_score(config)
+    head = 0 if scored or counts.trains_head else table  # whole on each rank, if it is frozen
+    lookup = 0 if decoder.tied and not scored else table  # gathered for a moment only
+    gathered = 2 * linears / decoder.num_layers + stored * (counts.others - head - lookup)  # this block, the next, rest
     unpacked = decoder.hidden_size * widest * e * (bits < 16)  # the largest weight, for its product
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
@@ -180,8 +183,8 @@ def estimate_memory(
     slopes = chunk * decoder.vocab_size * 2.0 * e * (decoder.logit_cap is not None)  # of capped logits
     parts = {
         "process": baseline + kernels + BITSANDBYTES * (cpu and bits == 4),
-        "linears": part * counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16),
-        "head, embedding": part * counts.others * stored,
+        "linears": 2 * linears / decoder.num_layers if config.model.base_device == "host" else part * linears,
+        "head, embedding": (part * counts.others + (1 - part) * head) * stored,
         "gathered": gathered * split * (2 if full else 1),  # with their gradients
         "adapters": part * 4.0 * counts.adapters,
         "reference": part * 4.0 * counts.trained * copied,  # its forward pass keeps nothing, and is over by then
@@ -237,10 +240,10 @@ def choose_recompute(
 
 
 def choose_rows(peak_of: Callable[[int], float], step_rows: int, room: float) -> int:
-    """The largest divisor of a step's rows that fits into `room` bytes as a micro-batch; a UserError if none does."""
+    """The largest divisor of a step's rows that fits as a micro-batch into `room` bytes; a UserError if none does."""
     fitting = [rows for rows in range(1, step_rows + 1) if step_rows % rows == 0 and peak_of(rows) <= room]
     if not fitting:
-        sizes = f"one sequence takes {peak_of(1) / 1e9:.2f} GB and {room / 1e9:.2f} GB are free"
+        sizes = f"one sequence takes {peak_of(1) / 1e9:.2f} GB, but only {room / 1e9:.2f} GB are free"
         raise UserError(f"model.max_seq_length: {sizes}: lower it, or set quantization.bits=4")
     return fitting[-1]
 
@@ -251,8 +254,7 @@ def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, leng
     A product with n weights costs 2 n forward, 2 n for the gradient of its input, 2 n for its own if it is trained.
     Causal attention: 2 q (length + 1) forward, 2.5 times that backward. `again` is the share of blocks computed twice.
     """
-    sizes = sum(decoder.of_layer(layer).head_dim for layer in range(decoder.num_layers))
-    attention = 2 * decoder.num_heads * sizes * (length + 1)
+    attention = 2 * decoder.num_heads * sum(layer.head_dim for layer in decoder.by_layer) * (length + 1)
     frozen = counts.linears * (2 + 2 + 2 * again) + attention * (3.5 + again)
     head = 0.5 * decoder.vocab_size * decoder.hidden_size
     if config.training.method == "full":
@@ -300,11 +302,13 @@ class Planner:
         if not self.config.sampled_tokens:
             return 0.0
         c, e, answers = self.decoder, self.machine.dtype.itemsize, self.config.effective_batch_size()
-        own = [layer for layer in map(c.of_layer, range(c.num_layers)) if layer.source is None]
-        slots = 2.0 * sum(layer.num_kv_heads * layer.head_dim for layer in own) * length * e
+        sizes = [layer.num_kv_heads * layer.head_dim for layer in c.by_layer if layer.source is None]
+        slots = 2.0 * sum(sizes) * length * e
         # logits, at a temperature, their softmax and its sums; with top_p also sorted
         logits = c.vocab_size * (e + 16.0 + 16.0 * (self.config.rl.top_p < 1))
         needed = answers / self.config.system.ranks * (slots + logits)
+        if self.config.model.base_device == "host":
+            return needed
         is_packed = settled.quantization.bits < 16 and settled.quantization.dequantize != "cached"
         copied = self.counts.linears + (0 if is_packed else c.vocab_size * c.hidden_size)
         copies = copied * e * (is_packed or self.machine.device.type == "cpu")
@@ -312,7 +316,7 @@ class Planner:
 
     @functools.cached_property
     def other_models(self) -> float:
-        """Bytes of a teacher and of reward models; one that shares the policy's base takes none."""
+        """Bytes of a teacher and of reward models; a teacher that shares the policy's base takes none."""
         d, own, total = self.config.distill, (self.config.model.reference, self.config.quantization.bits), 0.0
         runs = [name.removeprefix(RUN) for name in self.config.rl.reward if name.startswith(RUN)]
         for source in [*runs, *filter(None, [d.teacher])]:
@@ -336,31 +340,58 @@ class Planner:
         return rows, length
 
     def keep_by(self, policy: str) -> list[ActivationPolicy]:
-        """What each block keeps under a policy of training.checkpointing, for auto where memory is least."""
+        """What each block keeps under a policy of training.checkpointing; for auto, under the most frugal policy."""
         policy = "full" if policy == "auto" else policy
         return keep_by_policy(policy, self.config.training.checkpoint_every, self.decoder.num_layers)
 
     def choose_activations(self, rows: int, length: int) -> Plan:
-        """The plan under training.checkpointing; with auto, as few blocks are recomputed as make it fit."""
+        """The plan under training.checkpointing; with auto, as few blocks as possible are recomputed."""
         policy = self.config.training.checkpointing
-        if policy != "auto":
+        if policy != "auto" or self.config.model.base_device == "host":
             return self.plan(rows, length, self.keep_by(policy))
         room, layers = self.machine.room_bytes, self.decoder.num_layers
         return self.plan(rows, length, choose_recompute(lambda keep: self.plan(rows, length, keep).peak, layers, room))
 
 
 def decide_dequantize(config: Config, counts: Counts, machine: Machine) -> Config:
-    """quantization.dequantize=auto replaced by what loading the base will choose."""
+    """Replace quantization.dequantize=auto by the choice that loading the base will make."""
     e = machine.dtype.itemsize
     packed = counts.linears * config.quantization.bits / 8 + counts.scales
     left = machine.memory_bytes - packed - counts.others * e
     extra = counts.linears * e - packed
-    chosen = choose_dequantize(config.quantization.dequantize, machine.device.type, int(extra), int(left))
+    kind = "cpu" if config.model.base_device == "host" else machine.device.type  # where the weights are
+    chosen = choose_dequantize(config.quantization.dequantize, kind, int(extra), int(left))
     return config.override({"quantization.dequantize": chosen})
 
 
+def resolve_base_device(planner: Planner) -> Config:
+    """model.base_device=auto replaced by host where a GPU has no room for the base, but the host has."""
+    config, machine = planner.config, planner.machine
+    if config.model.base_device == "host" and machine.device.type == "mps":
+        raise UserError("model.base_device: host: an Apple GPU shares its memory with the host: remove it")
+    with contextlib.suppress(UserError):  # what host excludes
+        on_host = config.override({"model.base_device": "host"})
+        sizes = planner.unit_size, config.model.max_seq_length, planner.keep_by("full")
+        here, there = planner.plan(*sizes).peak, replace(planner, config=on_host).plan(*sizes).peak
+        has_room = host_bytes(planner) <= available_host_bytes() and there <= machine.room_bytes
+        return on_host if machine.device.type == "cuda" and here > machine.room_bytes and has_room else config
+    return config
+
+
+def block_bytes(planner: Planner) -> float:
+    """Of the frozen linears of a block, as they are stored."""
+    counts, q = planner.counts, planner.config.quantization
+    each = planner.machine.dtype.itemsize if q.bits == 16 or q.dequantize == "cached" else q.bits / 8
+    return (counts.linears * each + counts.scales) / planner.decoder.num_layers
+
+
+def host_bytes(planner: Planner) -> float:
+    """Of the frozen blocks with model.base_device=host: pinned memory rounds each to a power of two."""
+    return planner.decoder.num_layers * 2.0 ** math.ceil(math.log2(block_bytes(planner)))
+
+
 def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) -> Config:
-    """Replace training.micro_batch_size=auto by the numbers that config.json recorded, or by what fits now."""
+    """Replace training.micro_batch_size=auto by the numbers recorded in config.json, or by what fits now."""
     config = planner.config
     t, ranks = config.training, config.system.ranks
     if t.micro_batch_size != "auto":
@@ -378,6 +409,13 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
     return config.override(dict(zip(ROWS[: 1 if config.rl.reward else 2], (rows, rows_a_rank // rows), strict=False)))
 
 
+def describe_streaming(planner: Planner) -> str:
+    """What model.base_device=host takes, and copies to the device in a step of training."""
+    copies = 2 * max(0, planner.decoder.num_layers - 2) * planner.config.training.gradient_accumulation_steps
+    copied = f"{copies * block_bytes(planner) / 1e9:,.1f} GB copied from there per step"
+    return f"{host_bytes(planner) / 1e9:9.3f} GB of frozen blocks in host memory; {copied}"
+
+
 def describe_recompute(plan: Plan) -> str:
     if again := sum(one != "all" for one in plan.keep):
         return f"activations of {again} of {len(plan.keep)} blocks recomputed"
@@ -386,7 +424,7 @@ def describe_recompute(plan: Plan) -> str:
 
 @contextlib.contextmanager
 def explained_out_of_memory(planner: Planner) -> Iterator[None]:
-    """Out of memory where nothing can be halved, and a compiler that fails, become errors that say what helps."""
+    """Turn out-of-memory errors that halving cannot solve, and compiler errors, into one line with a fix."""
     try:
         yield
     except (RuntimeError, MemoryError, OutOfMemory) as error:
@@ -394,14 +432,14 @@ def explained_out_of_memory(planner: Planner) -> Iterator[None]:
             raise out_of_memory_error(planner, planner.config.micro_batch_rows()) from None
         if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # importing it takes seconds
             reason = str(error).strip().partition("\n")[0]
-            fix = "install a compiler that works (CXX names it), or set training.compile=false"
+            fix = "install a working compiler (CXX names it), or set training.compile=false"
             raise UserError(f"training.compile: {reason}: {fix}") from None
         raise
 
 
 def out_of_memory_error(planner: Planner, rows: int) -> TrainingFailed:
-    helps = suggest_savings(planner, rows, planner.config.model.max_seq_length)
-    return TrainingFailed(f"out of memory with micro-batch size {rows}: try {helps}")
+    savings = suggest_savings(planner, rows, planner.config.model.max_seq_length)
+    return TrainingFailed(f"out of memory with micro-batch size {rows}: try {savings}")
 
 
 def suggest_savings(planner: Planner, rows: int, length: int) -> str:
@@ -415,12 +453,12 @@ def suggest_savings(planner: Planner, rows: int, length: int) -> str:
         changes |= {"quantization.bits": 4, "lora.rank": config.lora.rank // 2, "lora.target_modules": "attention"}
     before, saved = planner.choose_activations(rows, length), {}
     for name, value in changes.items():
-        with contextlib.suppress(UserError):  # out of range: a row cannot be halved; or not on this device
+        with contextlib.suppress(UserError):  # out of range (half a row), or not on this device
             changed = Planner.of(config.override({name: value}), planner.machine, planner.decoder)
             validate_config(changed.config)
             check_optimizer(changed.config.training.optimizer, planner.machine.device)
             size = min(rows, changed.config.micro_batch_rows()), min(length, changed.config.model.max_seq_length)
-            # what is freed is not spent on keeping more activations
+            # the freed memory is not spent on keeping more activations
             keep = planner.keep_by("full") if name == "training.checkpointing" else before.keep
             saved[f"{name}={value}"] = before.peak - changed.plan(*size, keep).peak
     best = sorted((name for name in saved if saved[name] > 0), key=lambda name: -saved[name])[:3]
@@ -434,9 +472,9 @@ def show_plan(config: Config) -> int:
     check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
     files = ModelFiles.find(config.model.reference)
     decoder = files.decoder
-    if config.system.threads:
-        torch.set_num_threads(config.system.threads)
+    set_threads(config.system.threads)
     planner = Planner.of(config, machine, decoder)
+    planner = replace(planner, config=resolve_base_device(planner))
     config = resolve_micro_batch_size(planner, None)
     planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
     unit = planner.unit_size  # sequences
@@ -451,6 +489,8 @@ def show_plan(config: Config) -> int:
         say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
     for name, size in plan.parts.items():
         say(name, f"{size / 1e9:9.3f} GB")
+    if config.model.base_device == "host":
+        say("host", describe_streaming(planner))
     say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
     assumed = f"per step: {rows:,} sequences of model.max_seq_length={length:,} tokens; real samples are shorter"
     say("tokens", f"{rows * length:9,} {assumed}")
@@ -462,20 +502,20 @@ def show_plan(config: Config) -> int:
         say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products here")
         if share := EFFICIENCY.get(kind):
             tokens_s, tokens = share * reached / work, rows // config.system.ranks * length
-            reach = f"{share:.0%} of it is reached; {tokens / tokens_s:,.1f} s per step"
+            reach = f"{share:.0%} of that is reached: {tokens / tokens_s:,.1f} s per step"
             say("speed", f"{tokens_s:9,.0f} tokens/s if {reach}")
         else:
-            say("speed", f"at most {reached / work:,.0f} tokens/s; what is reached on {kind}: not measured")
+            say("speed", f"at most {reached / work:,.0f} tokens/s; the share reached on {kind} was not measured")
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * unit, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
     say("micro-batch", f"{most} sequences of {length} tokens fit, with every block recomputed")
     for warning in plan_warnings(planner, files, length, None):
-        print(f"warning: {warning}")
+        print(for_terminal(f"warning: {warning}"))
     if plan.peak > room:
         fewer = "training.micro_batch_size=auto, or lower model.max_seq_length"
         fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
         raise UserError(
             f"training.micro_batch_size: {config.micro_batch_rows()} sequences of {length} tokens take "
-            f"{plan.peak / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available: {fix}"
+            f"{plan.peak / 1e9:.2f} GB, but only {room / 1e9:.2f} GB are available: {fix}"
         )
     return 0

@@ -1,7 +1,7 @@
 """Before the first step: does the model see what you think it sees, and will it fit?
 
-Memory runs out at the longest batch after an hour, the disk at the first save. Each is tried before the run begins: one
-check, one line, and one fix. Checks of the tokens alone are in nanoft/data/inspection.py.
+Without these checks, memory may run out at the longest batch after an hour, and the disk at the first save. Both are
+tried before the run begins: one check, one line, and one fix. nanoft/data/inspection.py has the checks of the tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WEAK, STRONG = 0.25, 4.0  # norm of a row of the head, relative to the median ro
 
 
 def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
-    """Check the data, the head, memory and disk, which are UserErrors unless forced; returns the seconds of a step."""
+    """Check data, head, memory and disk; raise a UserError for a failure unless forced; return the seconds per step."""
     checks = []
     if ctx.adapters and not ctx.config.model.random_init and not ctx.model.config.has_score:
         checks.append(check_head(ctx.model, ctx.tokenizer, ctx.corpus.training))  # on every rank: it may be sharded
@@ -75,13 +75,13 @@ def check_room(planner: Planner, length: int = 0) -> Check:
     keep = planner.keep_by(planner.config.training.checkpointing)
     needed, there = planner.plan(1, length, keep).peak, planner.machine.memory_bytes
     what = f"the model and a sequence of {length:,} tokens take" if length else "the model alone takes"
-    found = f"{what} {needed / 1e9:.2f} GB at least, and {there / 1e9:.2f} GB are available"
+    found = f"{what} at least {needed / 1e9:.2f} GB, and {there / 1e9:.2f} GB are available"
     fix = "" if needed <= there else f"set {suggest_savings(planner, 1, length)}"
     return Check.of("room", needed <= there, found, fix)
 
 
 def require_room(planner: Planner, forced: list[str], length: int = 0) -> None:
-    """Refuse a run that cannot fit, on every rank, with a UserError that says what would help."""
+    """Refuse a run that cannot fit, on every rank, with a UserError that suggests savings."""
     distributed.broadcast_from_rank0(lambda: require_passed([check_room(planner, length)], forced))
 
 
@@ -133,7 +133,7 @@ def rehearse_evaluation(ctx: TrainContext) -> None:
 
 
 def check_preferences(ctx: TrainContext) -> Check:
-    """How often the model, which is the reference, prefers the chosen answer already."""
+    """How often the model, which is the reference, already prefers the chosen answer."""
     count = len(ctx.corpus.training) // 2
     pairs = ctx.corpus.training.units(np.linspace(0, count - 1, min(PAIRS_CHECKED, count)).astype(int))
 
@@ -145,7 +145,7 @@ def check_preferences(ctx: TrainContext) -> Check:
 
     with preserve_rng_state():
         preferred = in_smaller_batches(ctx, ctx.config.evaluation.batch_size, evaluate)["preferred"]
-    found = f"the chosen answer is the likelier one in {preferred:.0f} of {len(pairs) // 2}, before training"
+    found = f"before training, the chosen answer is more likely in {preferred:.0f} of {len(pairs) // 2} pairs"
     return Check.of("pairs", True, found)
 
 
@@ -159,13 +159,13 @@ def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) 
     median = norms[norms > 0].median().item()  # rows of zeros only fill up the vocabulary
     ratios = {tokenizer.decode([token], keep_special=True): norms[token].item() / median for token in stops}
     found = ", ".join(f"{token!r}: {ratio:.2f}" for token, ratio in ratios.items()) or "no stop token in use"
-    found = f"norm of the stop token's row of the head, relative to the median row: {found}"
+    found = f"norm of the stop token's row in the head, relative to the median row: {found}"
     fix = "the base has not learned this token: use a template whose end of turn it knows, or training.method=full"
     return Check.of("head", all(WEAK <= ratio <= STRONG for ratio in ratios.values()), found, fix)
 
 
 def rehearse_save(directory: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int) -> Check:
-    """Write the weights of a checkpoint and remove them; then check the room for the checkpoints of the run."""
+    """Write the weights of a checkpoint and remove them; then check the disk space for the run's checkpoints."""
     staging = directory / f".preflight-{os.getpid()}"
     try:
         write_tensors(staging, weights)
@@ -182,5 +182,5 @@ def check_disk(directory: Path, size: int, keep: int) -> Check:
     there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     free, needed = shutil.disk_usage(directory).free, max(size * (keep + 2) - there, 0)
     found = f"{needed / 1e9:.2f} GB more for {keep + 2} checkpoints, {free / 1e9:.2f} GB free in output.dir"
-    fix = "free some, lower training.keep_checkpoints, or choose another output.dir"
+    fix = "free disk space, lower training.keep_checkpoints, or choose another output.dir"
     return Check.of("disk", free > needed, found, fix)

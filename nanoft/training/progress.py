@@ -1,4 +1,4 @@
-"""Between two optimizer steps: the progress bar, `train` events, validation, the watch on memory, and checkpoints."""
+"""Between two optimizer steps: the progress bar, `train` events, validation, memory warnings, and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nanoft.runtime.device import rng_state
 from nanoft.runtime.memory import MemoryMonitor, OutOfMemory, peak_memory_gb, read_memory, release_memory
 from nanoft.training.state import TrainContext, TrainState, optimizer_tensors
 
-BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # as fits 80 columns
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # fits 80 columns
 Cadence = int | float | Literal["epoch", "auto"]  # as in training.eval_steps
 Figures = TypeVar("Figures")
 REWARDS = "rewards/chosen", "rewards/rejected"
@@ -38,7 +38,7 @@ FALLEN = -1.0  # reward of chosen answers; with a beta of 0.1, they are 10 nats 
 
 
 def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
-    """A bar over the optimizer steps; also in a file or notebook, where every update of the bar stays."""
+    """A bar over the optimizer steps; updated less often in a file or notebook, where every update stays."""
     looks: dict[str, Any] = {} if sys.stderr.isatty() else {"ncols": 80, "dynamic_ncols": False, "mininterval": 5.0}
     hidden = not ctx.config.logging.progress_bar or bool(distributed.process_rank())
     looks |= {"disable": hidden, "delay": 0.0, "bar_format": BAR, "unit_scale": False}
@@ -48,7 +48,7 @@ def progress_bar(ctx: TrainContext, state: TrainState) -> Any:
 def steps_between(every: Cadence, total_steps: int, epoch_steps: int) -> Fraction:
     """Optimizer steps between two evaluations, checkpoints or log lines, at least 1; 0: only after the last step.
 
-    It need not be whole: 0.25 of 10 steps are 2.5, and what is due every 2.5 steps happens after steps 3, 5, 8 and 10.
+    It may be fractional: 0.25 of 10 steps are 2.5, and every 2.5 steps means after steps 3, 5, 8 and 10.
     """
     if every == 0:
         return Fraction(0)
@@ -59,13 +59,13 @@ def steps_between(every: Cadence, total_steps: int, epoch_steps: int) -> Fractio
 
 
 def is_due(ctx: TrainContext, state: TrainState, every: Cadence) -> bool:
-    """Whether what happens every so many steps, and after the last, happens now."""
+    """Whether something that happens every so many steps, and after the last one, is due now."""
     steps = steps_between(every, ctx.total_steps, ctx.corpus.report["steps_per_epoch"])
     return state.step == ctx.total_steps or (steps > 0 and state.step // steps > (state.step - 1) // steps)
 
 
 def before_first_step(ctx: TrainContext, state: TrainState) -> None:
-    """Evaluate if asked for, and save what a rollback returns to; whether saving works is known at once."""
+    """Evaluate if configured, and save the state for a rollback, which also shows at once whether saving works."""
     if ctx.config.evaluation.on_start:
         log_validation(ctx, state)
     if ctx.config.guard.max_rollbacks:
@@ -85,6 +85,8 @@ def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: fl
         ctx.run.log("train", state.step, **state.meter.flush(), **values, **figures, epoch=state.epoch)
         warn_of_ease(ctx, state, figures)
         warn_of_answers(ctx, state, figures)
+    if ctx.device.type == "cpu" and distributed.world_size() == 1:  # other ranks are other processes, too
+        warn_once(ctx, state, "speed", ctx.slowdown.check(state.meter.total_tokens, state.meter.total_seconds))
 
 
 def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
@@ -105,11 +107,11 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
 
 
 def warn_of_ease(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
-    """Warn if, within the first steps, every answer of a step is ranked right by a clear margin."""
+    """Warn if, early in the run, every answer of a step is ranked correctly by a clear margin."""
     chosen, rejected = (now.get(name, 0.0) for name in REWARDS)
     if now.get("rewards/accuracies") == 1.0 and chosen - rejected > 1 and state.step <= EARLY * ctx.total_steps:
-        what = "every answer is already ranked right: do good ones differ in length or by a marker"
-        warn_once(ctx, state, "accuracy", f"{what} (train.py --show-batch)? If not, lower training.learning_rate")
+        what = "every answer is already ranked correctly: check whether good ones differ in length or by a marker"
+        warn_once(ctx, state, "accuracy", f"{what} (train.py --show-batch), or lower training.learning_rate")
 
 
 def warn_of_falling(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
@@ -122,7 +124,7 @@ def warn_of_falling(ctx: TrainContext, state: TrainState, now: dict[str, float])
 
 
 def warn_of_answers(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
-    """Warn if sampled answers lose their variety, grow without an end, or are sampled by another model than trained."""
+    """Warn if sampled answers lose variety or keep growing, or if sampling and training disagree."""
     state.begun = first = state.begun or now
     if "reward" not in now:
         return
@@ -131,24 +133,24 @@ def warn_of_answers(ctx: TrainContext, state: TrainState, now: dict[str, float])
         warn_once(ctx, state, "entropy", f"answers lose their variety ({fall}): lower training.learning_rate")
     if now["completion_tokens"] > LONGER * first["completion_tokens"] and now["stop_rate"] < first["stop_rate"]:
         grown = f"{first['completion_tokens']:.0f} -> {now['completion_tokens']:.0f} tokens"
-        warn_once(ctx, state, "completions", f"answers grow ({grown}) and end less often: reward short ones, too")
+        warn_once(ctx, state, "completions", f"answers grow ({grown}) and stop less often: reward short ones too")
     if now.get("sampling_error", 0.0) > UNEQUAL:
         what = f"sampling and training differ by {now['sampling_error']:.3f} nats per token"
-        warn_once(ctx, state, "sampling", f"{what}: set model.dtype=float32 to see why")
+        warn_once(ctx, state, "sampling", f"{what}: check whether model.dtype=float32 removes the difference")
 
 
 def warn_of_memorizing(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
-    """Warn if since the last evaluation rewards have risen in training, and fallen on held-out prompts."""
+    """Warn if, since the last evaluation, rewards have risen in training but fallen on held-out prompts."""
     training, last = ctx.objective.figures().get("reward", 0.0), state.held_out
     now["training_reward"] = training
     if training - last.get("training_reward", math.inf) > GAINED and now["reward"] < last["reward"]:
         rise = f"rises in training ({last['training_reward']:.3f} -> {training:.3f})"
         fall = f"falls on held-out prompts ({last['reward']:.3f} -> {now['reward']:.3f})"
-        warn_once(ctx, state, "held-out reward", f"reward {rise} and {fall}: more or other prompts may help")
+        warn_once(ctx, state, "held-out reward", f"reward {rise} but {fall}: use more, or more varied, prompts")
 
 
 def warn_once(ctx: TrainContext, state: TrainState, what: str, text: str) -> None:
-    if what not in state.warned:
+    if text and what not in state.warned:
         state.warned.append(what)
         ctx.run.log("warning", state.step, what=what, text=text)
         ctx.run.print(f"warning: step {state.step}: {text}")
@@ -196,7 +198,7 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
 
 
 def sample_answers(ctx: TrainContext) -> list[evaluate.Completion]:
-    """Answers to the first held-out prompts, the same ones each time, with random numbers of their own."""
+    """Answers to the first held-out prompts, always the same ones, with separate random numbers."""
     samples = ctx.config.evaluation.samples
     return measure(ctx, ctx.model, [], ctx.prompts[:samples] if samples else []).completions
 
@@ -244,13 +246,13 @@ def log_memory(ctx: TrainContext, state: TrainState, stage: str) -> None:
 
 
 def report_failure(ctx: TrainContext, state: TrainState, what: str, error: Exception) -> None:
-    """Log and print the failure of something that training can do without."""
+    """Log and print a failure that training can survive."""
     ctx.run.log("warning", state.step, what=f"{what} failed", error=f"{type(error).__name__}: {error}")
     ctx.run.print(f"warning: {what} failed after step {state.step}: {type(error).__name__}: {error}")
 
 
 def save(ctx: TrainContext, state: TrainState) -> None:
-    """Start writing a checkpoint in the background. It becomes the best one only when it is on the disk."""
+    """Start writing a checkpoint in the background. It becomes the best one only once it is on disk."""
     ctx.run.sync()
     log_save(ctx, state, ctx.writer.collect(wait=True))
     tensors = {ctx.weights_file: ctx.trained_weights(), "optimizer": optimizer_tensors(ctx.optimizer, ctx.trained)}
@@ -277,13 +279,13 @@ def log_save(ctx: TrainContext, state: TrainState, outcome: SaveResult | None) -
         seconds = {"seconds": outcome.seconds, "waited_seconds": outcome.waited_seconds}
         ctx.run.log("checkpoint", outcome.step, path=where, **seconds)
     else:
-        if state.best_step == outcome.step:  # its weights are lost: the best is the one before, which is on the disk
+        if state.best_step == outcome.step:  # its weights are lost: return to the best one on disk
             state.best_step, state.best_loss = ctx.checkpoints.best() or (0, float("inf"))
         report_failure(ctx, state, f"saving step {outcome.step}", outcome.error)
 
 
 def ensure_final_checkpoint(ctx: TrainContext, state: TrainState) -> None:
-    """A checkpoint of where the run stands, whatever was saved before; raises the OSError of a disk that refuses."""
+    """Save a checkpoint of the current state unless there is one; raises the OSError of a failed write."""
 
     def last_saved(must_work: bool) -> int:
         outcome = ctx.writer.collect(wait=True)

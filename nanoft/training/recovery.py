@@ -1,9 +1,9 @@
-"""What happens instead of a step that cannot be taken: the clauses of the ladder in train.py.
+"""Recover from a step that cannot be taken, as the except clauses in train.py ask for:
 
 OutOfMemory       the same window again in micro-batches of half the size: same gradient, less memory
-SkipStep          the window is not trained on
-GradientOverflow  the same, and counted; in float16 it is expected now and then
-RollBack          back to the newest checkpoint, at a lower learning rate, without the windows that did it
+SkipStep          skip the window
+GradientOverflow  skip and count it; in float16 it is expected now and then
+RollBack          return to the newest checkpoint, with a lower learning rate, and skip the windows that failed
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanoft.training.state import TrainContext, TrainState, restore_from
 
 
 def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) -> TrainState:
-    """Split the same windows into micro-batches of half the size; TrainingFailed if that is 1 already."""
+    """Split the same windows into micro-batches of half the size; TrainingFailed if it is already 1."""
     release_memory(ctx.device, error)
     ctx.optimizer.zero_grad(set_to_none=True)
     if state.updates:  # part of a step may have been taken; a checkpoint has whole ones
@@ -41,7 +41,7 @@ def halve_micro_batch(ctx: TrainContext, state: TrainState, error: OutOfMemory) 
 
 
 def skip_window(ctx: TrainContext, state: TrainState, bad: SkipStep) -> None:
-    """Pass over a window, without a step; after an overflow of float16, the next has half the loss scale."""
+    """Skip a window, without a step; after an overflow of float16, the loss scale is halved."""
     is_overflow = isinstance(bad, GradientOverflow)
     state.overflow_steps += is_overflow
     warn_of_window(ctx, state, "overflow" if is_overflow else "step skipped", bad)
@@ -54,14 +54,14 @@ def roll_back(ctx: TrainContext, state: TrainState, bad: RollBack) -> TrainState
     skip_window(ctx, state, bad)
     if state.guard.rollbacks >= ctx.config.guard.max_rollbacks:
         batch, seen = bad.window.micro_batches[-1].to(ctx.device), state.guard
-        where = "the first bad weight or output was not searched for, because the model is sharded"
+        where = "the first bad weight or output cannot be located in a sharded model"
         if ctx.config.training.sharding == "none":
             with ctx.autocast():
                 where = guard.diagnose(ctx.model, batch.ids, batch.positions, batch.documents, batch.target_positions)
         raise Diverged(
-            f"{seen.skips} windows in a row could not be used after step {state.step}, and {seen.rollbacks} rollbacks "
-            f"did not help: {where}: lower training.learning_rate ({ctx.config.training.learning_rate:g}), or look at "
-            "the records in train.log"
+            f"{seen.skips} consecutive windows failed after step {state.step}, even after {seen.rollbacks} rollbacks: "
+            f"{where}: lower training.learning_rate ({ctx.config.training.learning_rate:g}), or check the records "
+            "named in train.log"
         ) from None
     return back_to_checkpoint(ctx, state, guard.after_rollback(ctx.config.guard, state.guard))
 
@@ -78,13 +78,13 @@ def back_to_checkpoint(ctx: TrainContext, state: TrainState, history: History | 
         again = history is not None and state.step == state.guard.back_at
         saved = ctx.checkpoints.newest(state.step if again else math.inf)[0] or ctx.checkpoints.newest()[0]
         if saved is None:
-            raise UserError("no checkpoint could be saved before")
+            raise UserError("there is no earlier checkpoint")
         return saved
 
     try:
         back = replace(restore_from(ctx, choose), micro_batch_rows=state.micro_batch_rows)
     except (UserError, CheckpointCorrupted) as reason:
-        raise TrainingFailed(f"after step {state.step} the run had to roll back, and could not: {reason}") from None
+        raise TrainingFailed(f"after step {state.step}, rolling back failed: {reason}") from None
     back.guard = replace(history, back_at=back.step) if history else guard.after_restore(back.guard, state.guard)
     scale, skipped = back.guard.lr_scale, back.guard.skipped_windows
     ctx.model.train()
@@ -97,7 +97,7 @@ def back_to_checkpoint(ctx: TrainContext, state: TrainState, history: History | 
 
 
 def warn_of_window(ctx: TrainContext, state: TrainState, what: str, bad: SkipStep) -> None:
-    """Name the records of a window whose loss or gradient is not as it should be."""
+    """Log and print the records of a window with a bad loss or gradient."""
     records = [ctx.corpus.location(record) for batch in bad.window for record in dict.fromkeys(batch.records)]
     figures = {"loss": str(bad.loss), "grad_norm": str(bad.grad_norm), "window": bad.window.position}
     ctx.run.log("warning", state.step, what=what, **figures, records=records)

@@ -1,11 +1,11 @@
-"""The self-test: the equations that nanoft promises, checked on the user's own config, model, data and device.
+"""The self-test: the equations that nanoft guarantees, checked on the user's config, model, data and device.
 
 Most silent failures of fine-tuning break an equation between two ways to compute the same thing: a window split
-differently, documents packed or alone, a run interrupted or not, an adapter merged or beside its base. Each check
-computes both sides and measures the relative error `|found - expected| / |expected|`. The tolerance follows from the
-number format; it is 0 where the same operations are done twice. Gradients are those that the loop of train.py passes to
-its optimizer. The self-test takes eight pieces of the user's samples, no more memory than training, and the disk space
-(TMPDIR) of three checkpoints. `training.compile` is off here.
+differently, documents packed or alone, a run interrupted or not, an adapter merged or separate. Each check computes
+both sides and measures the relative error `|found - expected| / |expected|`. The tolerance follows from the dtype; it
+is 0 where the same operations are done twice. Gradients are those that the loop of train.py passes to its optimizer.
+The self-test uses eight pieces of the user's samples, no more memory than training, and the disk space (TMPDIR) of
+three checkpoints. `training.compile` is off here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ROW = "{:32} {:6} {:>8} {:>8}  {}"
 
 
 class Equation(NamedTuple):
-    """What is compared of its two sides, the error that is allowed, and the function that measures it."""
+    """The quantity that is compared on both sides, the allowed error, and the function that measures the error."""
 
     name: str
     compared: str
@@ -65,7 +65,7 @@ class Equation(NamedTuple):
 
 
 def shorten(config: Config) -> Config:
-    """The user's config for a few steps; what is computed in a step stays as it is."""
+    """The user's config for a few steps; what a step computes stays unchanged."""
     changes = {"training.gradient_accumulation_steps": min(2, config.training.gradient_accumulation_steps)}
     changes |= {"training.eval_steps": 0, "training.save_steps": STEPS, "training.compile": False}
     changes |= {"evaluation.on_start": False, "evaluation.samples": 0}
@@ -80,7 +80,7 @@ def resume(ctx: TrainContext, loop: Loop, steps: int) -> None:
 
 
 def run(ctx: TrainContext, loop: Loop) -> int:
-    """Do every check with a context that took no step, and is used up; a TrainingFailed names the first that failed."""
+    """Run every check with a context that has taken no step and is not reusable; TrainingFailed names a failure."""
     ctx.run.open_metrics(0, [0, 0], [])
     say, tokens = ctx.run.print, min(TOKENS, ctx.batches.longest().ids.numel())
     documents = cut(ctx.batches.samples, tokens)
@@ -171,7 +171,7 @@ def saving_to(ctx: TrainContext, checkpoints: CheckpointManager) -> TrainContext
 
 
 class _Taken(Exception):
-    """Ends the loop once its gradient was recorded."""
+    """Ends the loop once its gradient has been recorded."""
 
 
 def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ def perturb_adapters(adapters: dict[str, Adapter]) -> None:
             for p, start, noise in moved:
                 size = float(start.square().mean().sqrt()) or 1.0  # zeros, such as lora_B's, have none
                 p.copy_(start + 2.0**exponent * size * noise)
-            adapter.train(training).eval()  # DoRA forgets the norm of what it was
+            adapter.train(training).eval()  # clears DoRA's cached norm
             if relative_error(product(adapter, x), before) >= SHARE:
                 break
         adapter.train(training)
@@ -250,7 +250,7 @@ def batching_error(ctx: TrainContext, loop: Loop, cuts: list[Batches]) -> float:
         first, *others = [gradient(ctx, loop, batches) for batches in cuts]
     rows = "embed_tokens.rows"  # these tokens need not be in the documents
     if idle := [n for n, _ in ctx.trained if not n.endswith(rows) and (n not in first or not first[n].any())]:
-        raise TrainingFailed(f"{idle[0]} is trained and has no effect: its gradient is zero")
+        raise TrainingFailed(f"{idle[0]} is trained but has no effect: its gradient is zero")
     return max(gradient_error(one, first) for one in others)
 
 
@@ -346,7 +346,7 @@ def files_error(ctx: TrainContext, directory: Path) -> float:
     first, second = directory / "first", directory / "second"
     save_adapter(first, ctx.model, ctx.adapters, ctx.config.lora, ctx.config.model.name, {})
     read, base, tensors, note = read_adapter(first)
-    lora = replace(read, dropout=ctx.config.lora.dropout)  # which matters in training only
+    lora = replace(read, dropout=ctx.config.lora.dropout)  # matters in training only
     again = {name: rebuild(name, adapter, lora).eval() for name, adapter in ctx.adapters.items()}
     load_adapter_tensors(again, tensors, str(first))
     save_adapter(second, ctx.model, again, lora, base, note)

@@ -1,6 +1,6 @@
-"""Building the parts of a training run, in the order in which mistakes are found early.
+"""Build the parts of a training run, in an order that finds mistakes early.
 
-The run directory is initialized and the data read before the model is loaded, because they fail fastest.
+The run directory is initialized and the data is read before the model is loaded, because mistakes there show fastest.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from nanoft.io.hub import use_cache
 from nanoft.io.tables import format_duration, wrap
 from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
+from nanoft.kernels.streaming import keep_on_host, stream_blocks
 from nanoft.lora import disabled
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, load_adapter_tensors, vocabulary_of
@@ -51,26 +52,32 @@ from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, loa
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.objectives.rollouts import with_room_for_answers
-from nanoft.runtime import distributed
+from nanoft.runtime import cores, distributed
 from nanoft.runtime.device import Machine, describe_device, library_versions
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run, is_shown
 from nanoft.tracking.trackers import build_trackers, chosen_trackers
-from nanoft.training.memory_plan import Planner, plan_warnings, resolve_micro_batch_size
+from nanoft.training.memory_plan import (
+    Planner,
+    describe_streaming,
+    plan_warnings,
+    resolve_base_device,
+    resolve_micro_batch_size,
+)
 from nanoft.training.progress import in_smaller_batches, log_memory, steps_between
 from nanoft.training.state import TrainContext, TrainState
 from nanoft.training.validation import check_schedule, validate_config
 
 Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, base and source, device, threads, date
-# What lora.start_from takes from the adapter.
+# Settings that lora.start_from takes from the adapter.
 SHAPE = """
     rank alpha target_modules rank_pattern alpha_pattern rslora dora bias modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
-IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # of these, what a checkpoint says about itself
+IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # the part that each checkpoint records
 
 
 def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
-    """Read and check the config; prints what became of the names in files of another schema."""
+    """Read and check the config; for files of another schema, print how their names were translated."""
     source = read_config(path, words)
     for line in [] if distributed.process_rank() else source.explanation:
         if is_shown(line, source.config.logging.level):
@@ -82,40 +89,47 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
 
 
 def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> Planner:
-    """The memory planner, its config with the micro-batch size decided."""
+    """The memory planner; its config has the final micro-batch size."""
     planner = Planner.of(config, machine, files.decoder)
     name, objective = config.training.objective, OBJECTIVES[config.training.objective]
     if config.lora.dropout and objective.learns != "turns":
-        run.print(f"warning: lora.dropout: off with training.objective={name}, in both forward passes")
+        run.print(f"warning: lora.dropout: disabled with training.objective={name}, in both forward passes")
         planner = replace(planner, config=config.override({"lora.dropout": 0.0}))
-    decided = distributed.broadcast_from_rank0(
-        lambda: resolve_micro_batch_size(planner, run.recorded_config()).to_dict()
-    )
-    return replace(planner, config=Config.from_dict(decided))
+
+    def decide() -> dict[str, Any]:
+        placed = replace(planner, config=resolve_base_device(planner))
+        return resolve_micro_batch_size(placed, run.recorded_config()).to_dict()
+
+    planner = replace(planner, config=Config.from_dict(distributed.broadcast_from_rank0(decide)))
+    if planner.config.model.base_device == "host":
+        run.print(f"base      {describe_streaming(planner).strip()}")
+    return planner
 
 
 def init_run_dir(
     config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str,
     start: TrainedAdapter | None = None, fields: Sequence[str] = (),
 ) -> Provenance:  # fmt: skip
-    """On rank 0: check that the directory is new or holds this very run, and write its config.json.
+    """On rank 0: check that the directory is new or holds the same run, and write its config.json.
 
-    `fields` says what became of each name in a config of another schema.
+    `fields`: the translation of each name in a config of another schema.
 
-    Returns what the run depends on; date (which a template may print) and CPU threads are those of its first session.
+    Returns what the run depends on; the date (which a template may print) and CPU threads are those of its first
+    session.
     """
     check_quantization(files, quantization_of(config))
     weights = [] if config.model.random_init else files.shards()
     for note in files.notes:
         run.print(f"warning: {note}")
     recorded = run.recorded_config()
-    before = (recorded or {}).get("provenance", {})
+    before, threads = (recorded or {}).get("provenance", {}), config.system.threads
     fingerprint = before.get("config_sha256") or resume_fingerprint(recorded_settings(recorded) if recorded else config)
     provenance: Provenance = {
         "versions": library_versions(),
         "device": machine.device.type,
         "dtype": machine.dtype_name,
-        "threads": config.system.threads or before.get("threads") or torch.get_num_threads(),
+        "threads": threads if threads not in ("auto", 0) else before.get("threads") or torch.get_num_threads(),
+        "waiting": cores.waiting(),
         "config_sha256": fingerprint,
         **data_provenance(config.data),
         "base_sha256": atomic.hash_named_files([*described_files(files.directory), *weights]),
@@ -125,15 +139,15 @@ def init_run_dir(
     }
     if recorded is not None:
         if resume == "never":
-            raise UserError(f"output.dir: {run.directory}: holds a run already: choose another output.dir")
+            raise UserError(f"output.dir: {run.directory}: already holds a run: choose another output.dir")
         check_same_run(recorded, config, provenance, str(run.directory))
         if (versions := before.get("versions")) != provenance["versions"]:
-            run.print(f"warning: other library versions than when the run began ({versions}): last bits may differ")
+            run.print(f"warning: library versions differ from those at the start ({versions}): last bits may differ")
         if before.get("source_sha256", provenance["source_sha256"]) != provenance["source_sha256"]:
-            run.print("warning: the source of nanoft has changed since the run began: results may differ")
+            run.print("warning: nanoft's source has changed since the run began: results may differ")
         if before.get("threads", provenance["threads"]) != provenance["threads"]:
-            threads = f"system.threads: {provenance['threads']} instead of {before['threads']}"
-            run.print(f"warning: {threads}: from here on the run is not bit-identical to an uninterrupted one")
+            other = f"system.threads: {provenance['threads']} instead of {before['threads']}"
+            run.print(f"warning: {other}: from here on the run is not bit-identical to an uninterrupted one")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
     if fields:
@@ -146,7 +160,7 @@ def init_run_dir(
 def load_tokenizer(
     config: Config, files: ModelFiles, date: str, run: Run, start: TrainedAdapter | None
 ) -> ChatTokenizer:
-    """The tokenizer and chat template, a chosen one saved; `date` is what a template that prints the date shows."""
+    """The tokenizer and chat template; a configured template is saved. `date`: shown by templates that print it."""
     chosen, saved = config.model.chat_template, run.directory / TEMPLATE_FILE
     if chosen is not None and saved.is_file() and not Path(chosen).is_file():  # the file was moved meanwhile
         config = config.override(model={"chat_template": str(saved)})
@@ -156,22 +170,22 @@ def load_tokenizer(
         known = nearest(name, sorted(tokenizer.variables))
         raise UserError(f"data.template_args: {name}: the chat template does not read it{known}")
     if not tokenizer.has_own_template:
-        run.print(f"template  {files.directory} has none: ChatML is used, whose answers end in the EOS token")
+        run.print(f"template  {files.directory} has none: using ChatML, with answers that end with the EOS token")
     if chosen is not None:
         text = tokenizer.template.encode()
         if saved.is_file() and saved.read_bytes() != text:
-            what = f"{chosen}: differs from {saved}, with which that run began"
-            raise UserError(f"model.chat_template: {what}: choose another output.dir, or put it back")
+            what = f"{chosen}: differs from {saved}, with which this run began"
+            raise UserError(f"model.chat_template: {what}: choose another output.dir, or restore the template")
         if not distributed.process_rank():
             atomic.replace_file(saved, text)
     return tokenizer
 
 
 def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[PreparedDataset, Batches]:
-    """The samples, and the batches of those for training; prints how many records were kept and rejected."""
+    """The samples, and the batches for training; prints how many records were kept and rejected."""
     d, t, length, seed = config.data, config.training, config.model.max_seq_length, config.system.seed
     started, learns = time.perf_counter(), OBJECTIVES[t.objective].learns
-    read_general(config.evaluation.general_file, tokenizer)  # now, because a mistake in it would cost the report
+    read_general(config.evaluation.general_file, tokenizer)  # a mistake in it shows now, not in the report
     most = config.sample_length
     corpus = distributed.main_process_first(lambda: prepare_datasets(d, tokenizer, most, seed, run.print, learns))
     distributed.assert_same_on_all_ranks({"data.train_file": corpus.directory.name})
@@ -211,7 +225,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     for line in describe_data(corpus.report):
         run.print(line)
     for number in unseen_tokens(corpus, tokenizer.added_ids):
-        why = f"{tokenizer.tokenizer.id_to_token(number)} occurs in no training sample, where texts spell it out"
+        why = f"{tokenizer.tokenizer.id_to_token(number)} occurs as a token in no training sample"
         run.print(f"warning: model.add_tokens: {why}: its row of the embedding is not trained")
     padding, seconds = 1 - utilization(batches), time.perf_counter() - started
     run.print(f"batches   {windows:,} steps per epoch, {100 * padding:.1f} % padding ({seconds:.1f} s)")
@@ -219,20 +233,20 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
 
 
 def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
-    """The adapter of lora.start_from, and the settings with its shape; a UserError where they differ."""
+    """The settings with the shape of lora.start_from's adapter, and that adapter; a UserError if they contradict."""
     lora, source = config.lora, config.lora.start_from
     if not source:
         return with_score(config), None
     if config.training.method != "lora":
-        raise UserError(f"lora.start_from: {source}: needs training.method=lora: set one of them")
+        raise UserError(f"lora.start_from: {source}: needs training.method=lora: change one of them")
     start = read_trained_adapter(source, config.model.name or None)
     if lora.init != LoRAConfig.init:
-        raise UserError(f"lora.init: {lora.init}: the adapter starts from {source}: remove one of the two")
+        raise UserError(f"lora.init: {lora.init}: conflicts with lora.start_from={source}: remove one of the two")
     if not trains_score(config) and "score" in start.lora.modules_to_save:
         raise UserError(f"lora.start_from: {source} is a reward model: set training.objective=reward")
     if trains_score(config) and any(".lm_head." in name for name in start.tensors):
         fix = "merge it with merge.py, and set model.name to the result"
-        raise UserError(f"lora.start_from: {source} has trained a head of the vocabulary, which rewards replace: {fix}")
+        raise UserError(f"lora.start_from: {source} trained lm_head, which a reward model replaces: {fix}")
     taken: dict[str, Any] = {}
     for name in SHAPE:
         own, default, theirs = (getattr(settings, name) for settings in (lora, LoRAConfig(), start.lora))
@@ -259,9 +273,10 @@ def load_start(adapters: dict[str, Adapter], start: TrainedAdapter) -> None:
 
 
 def check_start(start: TrainedAdapter, config: Config, provenance: Provenance, run: Run) -> None:
-    """Refuse an adapter of another base, and say where its base was in another number format."""
+    """Refuse an adapter of another base; warn if its base was quantized differently."""
     if start.base_sha256 not in (None, provenance["base_sha256"]):
-        raise UserError(f"lora.start_from: {start.place}: was trained on another base than {config.model.name}")
+        fix = "set model.name to its base, or remove lora.start_from"
+        raise UserError(f"lora.start_from: {start.place}: was not trained on {config.model.name}: {fix}")
     if start.quantization != quantization_of(config):
         forms = [form[0] if form else "full precision" for form in (start.quantization, quantization_of(config))]
         run.print(f"warning: {start.place} was trained on a base in {forms[0]}, and continues on one in {forms[1]}")
@@ -277,18 +292,20 @@ def with_tokens(planner: Planner, tokenizer: ChatTokenizer) -> Planner:
 
 
 def vocabulary(files: ModelFiles, tokenizer: ChatTokenizer, start: TrainedAdapter | None = None) -> int:
-    """How many tokens the model has: its own, those that were added, those of the adapter that it starts from."""
+    """The vocabulary size: the model's own tokens, added ones, and those of the adapter that it starts from."""
     more = vocabulary_of(start.lora, start.tensors) if start else 0
     return max(files.decoder.vocab_size, more, *(number + 1 for number in tokenizer.added_ids))
 
 
 def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int = 0, on_cpu: bool = False) -> Decoder:
-    """The base model: as it is stored, quantized while it streams from disk, or random; of at least `tokens` tokens."""
-    device = torch.device("cpu") if on_cpu or config.training.sharding == "full" else machine.device
-    # full training in float32: AdamW's small updates are lost when they are added to bfloat16
+    """The base model: as stored, quantized while it streams from disk, or random; with at least `tokens` tokens."""
+    device = torch.device("cpu") if on_cpu else machine.device
+    store = keep_on_host if config.model.base_device == "host" else None
+    store = distributed.keep_shard if config.training.sharding == "full" and not on_cpu else store
+    # full training in float32: AdamW's small updates would be lost when added to bfloat16 weights
     dtype = torch.float32 if config.training.method == "full" else machine.dtype
     seed = config.system.seed if config.model.random_init else None
-    model = load_model(files, device, dtype, quantization_of(config), seed)
+    model = load_model(files, device, dtype, quantization_of(config), seed, store=store)
     grow_vocabulary(model, tokens)
     if trains_score(config):
         add_score(model, config.system.seed)
@@ -298,15 +315,23 @@ def load_base(config: Config, machine: Machine, files: ModelFiles, tokens: int =
     return model
 
 
+def place_model(model: Decoder, config: Config, device: torch.device) -> None:
+    """Shard the model, or leave its frozen blocks in host memory, if the settings say so."""
+    if config.training.sharding == "full":
+        sharding.shard_model(model, device)
+    elif config.model.base_device == "host":
+        stream_blocks(model, device)
+
+
 def begin_objective(ctx: TrainContext) -> None:
-    """What the objective needs of the model as it was before training; computed once per run."""
+    """Compute, once per run, what the objective needs from the model before training."""
     sides, directory = [ctx.corpus.training, ctx.validation], ctx.run.directory
     size = ctx.config.evaluation.batch_size
     in_smaller_batches(ctx, size, lambda size: ctx.objective.begin(ctx.model, sides, directory, size))
 
 
 def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncCheckpointWriter:
-    """The checkpoints of the run, and who saves them in the background; only rank 0 writes there."""
+    """The run's checkpoints and their background writer; only rank 0 writes."""
     t, is_owner = config.training, not distributed.process_rank()
     identity = {name: provenance[name] for name in IDENTITY}
     checkpoints = CheckpointManager(run.checkpoints, t.keep_checkpoints, t.keep_every, identity, owner=is_owner)
@@ -315,7 +340,7 @@ def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncC
 
 @contextlib.contextmanager
 def base_model(ctx: TrainContext) -> Iterator[Decoder]:
-    """The model before training: adapters off (of preferences: as at step 0), or loaded again in full training."""
+    """The model before training: with adapters off (preferences: as at step 0), or loaded again in full training."""
     if ctx.adapters:
         reference = getattr(ctx.objective, "reference", None)
         with reference.weights() if reference else disabled(ctx.adapters):
@@ -325,8 +350,7 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
         model = load_base(ctx.config, ctx.machine, ctx.files)
         if ctx.config.system.kernels == "auto":
             kernels.apply(model)
-        if ctx.config.training.sharding == "full":
-            sharding.shard_model(model, ctx.device)
+        place_model(model, ctx.config, ctx.device)
         yield model
 
 
@@ -353,10 +377,11 @@ def describe_adapters(adapters: dict[str, Adapter]) -> list[str]:
 
 
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
-    """Print what is about to happen: on which device, what is trained, how long it will take."""
+    """Print the set-up of the run: its device, what is trained, how long it will take."""
     c, t, say = ctx.config, ctx.config.training, ctx.run.print
     packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, (Linear4bit, Linear8bit)))
-    total = sum(p.numel() for p in ctx.model.parameters()) + packed
+    codes = {*Linear4bit.NAMES, *Linear8bit.NAMES}  # parameters of a sharded model
+    total = packed + sum(p.numel() for n, p in ctx.model.named_parameters() if n.rpartition(".")[2] not in codes)
     trainable = sum(p.numel() for _, p in ctx.trained)
     kind = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}" if ctx.adapters else "every parameter"
     form, double = quantization_of(c) or ("", False)
@@ -366,6 +391,8 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     why = ", with loss scaling" if ctx.scaler.is_enabled() else ""
     why += ": this GPU has no native bfloat16" if why and c.model.dtype == "auto" else ""
     say(f"device    {many}{describe_device(ctx.device)}; computing in {ctx.machine.dtype_name}{why}")
+    if ctx.device.type == "cpu" and cores.prepared:
+        say(f"          {cores.prepared}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if form else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(ctx.adapters):
@@ -374,7 +401,7 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     shape = ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed
     say(f"attention {kernels.describe_attention(ctx.model, *shape)}")
     longest = int(max(samples.lengths.max() for samples in (ctx.corpus.training, ctx.validation) if len(samples)))
-    longest = min(longest, c.model.max_seq_length)  # all that the model reads of it
+    longest = min(longest, c.model.max_seq_length)  # the model reads no more than this
     for warning in plan_warnings(ctx.planner, ctx.files, longest, ctx.total_steps):
         say(f"warning: {warning}")
     if c.logging.show_example:
@@ -388,12 +415,13 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     often = []
     for what, every in (("evaluation", t.eval_steps), ("checkpoint", t.save_steps), ("log", t.log_steps)):
         steps = float(steps_between(every, ctx.total_steps, ctx.corpus.report["steps_per_epoch"]))
-        often.append(f"{what} every {steps:g} step{'s' * (steps != 1)}" if steps else f"{what} at the end")
-    say(wrap(f"          {', '.join(often)}", 10))
+        said = f"{what} every {steps:g} step{'s' * (steps != 1)}" if steps else f"{what} at the end"
+        often.append(said.replace(" ", "\xa0"))  # lines break between them only
+    say(wrap(f"          {', '.join(often)}", 10).replace("\xa0", " "))
 
 
 def is_complete(ctx: TrainContext, state: TrainState) -> bool:
-    """Whether the run has done all its steps, and has its report."""
+    """Whether the run has completed all its steps and has its report."""
     has_steps_left = state.step < ctx.total_steps and not state.should_stop_early(ctx.config.training)
     if has_steps_left or distributed.broadcast_from_rank0(lambda: ctx.run.finished_step() != state.step):
         return False
@@ -402,7 +430,7 @@ def is_complete(ctx: TrainContext, state: TrainState) -> bool:
 
 
 def start_logging(ctx: TrainContext, state: TrainState) -> None:
-    """Start recording the run; checkpoints and events of later steps, by an earlier session, are deleted."""
+    """Start recording the run; an earlier session's checkpoints and events of later steps are deleted."""
     ctx.checkpoints.delete_after(state.step)
     ctx.run.open_metrics(state.step, [state.epoch, state.window], state.guard.skipped_windows)
     if not distributed.process_rank():

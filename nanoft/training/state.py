@@ -33,25 +33,26 @@ from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
 from nanoft.objectives.objective import Objective
 from nanoft.runtime import distributed
+from nanoft.runtime.cores import SlowdownMonitor
 from nanoft.runtime.device import Machine, set_rng_state
 from nanoft.tracking.run import Meter, Run
 from nanoft.training.memory_plan import Plan, Planner
 
-RISES = 2  # of validation loss in a row, while training loss falls, that are more than noise
+RISES = 2  # consecutive rises of validation loss, while training loss falls, that are more than noise
 
 
 @dataclass
 class LossTrend:
-    """Training and validation loss from one evaluation to the next, to see when they part."""
+    """Training and validation loss from one evaluation to the next, to notice when they diverge."""
 
     nats: float = 0.0  # of training since the last evaluation
     units: float = 0.0
     training: float = -math.inf  # mean loss between the last two evaluations
     validation: float = 0.0  # at the last evaluation
-    rises: int = 0  # evaluations in a row with a higher validation and a lower training loss; RISES or more: warned
+    rises: int = 0  # consecutive evaluations with a higher validation and a lower training loss; RISES: warn
 
     def update(self, validation: float, is_best: bool) -> str:
-        """What to warn of after an evaluation, once, until validation loss is finite again or the best so far."""
+        """The text of a warning, or ""; not repeated until validation loss is finite again or the best so far."""
         before, self.validation = self.validation, validation
         past, self.training = self.training, self.nats / max(self.units, 1e-9)
         self.nats = self.units = 0.0
@@ -79,12 +80,12 @@ class TrainState:
     evaluations_without_gain: int = 0
     trend: LossTrend = field(default_factory=LossTrend)
     overflow_steps: int = 0  # windows skipped because their gradient overflowed float16
-    updates: int = 0  # optimizer steps that the next window has had: some, if it has several
+    updates: int = 0  # optimizer steps already taken on the next window, if it takes several
     micro_batch_rows: int = 0  # fewer than configured, after running out of memory; 0: as configured
     guard: guard.History = field(default_factory=guard.History)
     held_out: dict[str, float] = field(default_factory=dict)  # figures of the last evaluation
     begun: dict[str, float] = field(default_factory=dict)  # of the objective, at the first logged step
-    warned: list[str] = field(default_factory=list)  # of what is warned of once
+    warned: list[str] = field(default_factory=list)  # topics of warnings that are given once
 
     def advance(self, window: Window, loss: float, units: float, seconds: float, joules: float) -> None:
         """Count a completed optimizer step, whose loss is a mean over these units, and move on to the next window."""
@@ -123,6 +124,7 @@ class TrainContext:
     writer: AsyncCheckpointWriter
     planner: Planner
     plan: Plan
+    slowdown: SlowdownMonitor = field(default_factory=SlowdownMonitor)
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +140,7 @@ class TrainContext:
 
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
-        """The held-out prompts that are answered, read again from their files."""
+        """The held-out prompts to answer, read again from their files."""
         limit, samples = self.config.evaluation.prompts, self.corpus.untruncated(self.corpus.validation)
         return held_out_prompts(self.corpus.conversations(samples, limit), limit)
 
@@ -154,11 +156,10 @@ class TrainContext:
         return torch.autocast(self.device.type, self.machine.dtype) if wanted else contextlib.nullcontext()
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """What a checkpoint saves of the model."""
-        if self.adapters:
-            return adapter_tensors(self.adapters)
+        """The weights that a checkpoint saves."""
         sharding.reshard(self.model)
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        every = self.model.named_parameters()  # also what is frozen in full training
+        return adapter_tensors(self.adapters) if self.adapters else {name: p.detach() for name, p in every}
 
     @property
     def weights_file(self) -> str:
@@ -170,7 +171,7 @@ def restore(ctx: TrainContext, resume: str) -> TrainState:
     try:
         return restore_from(ctx, lambda: find_checkpoint(ctx, resume))
     except CheckpointCorrupted as reason:
-        raise UserError(f"{reason}: start anew with another output.dir") from None
+        raise UserError(f"{reason}: start a new run with another output.dir") from None
 
 
 def find_checkpoint(ctx: TrainContext, resume: str) -> Checkpoint | None:
@@ -180,17 +181,17 @@ def find_checkpoint(ctx: TrainContext, resume: str) -> Checkpoint | None:
     if resume != "auto":
         if Path(resume).resolve().parent != ctx.run.checkpoints.resolve() or not Path(resume).is_dir():
             steps = ctx.checkpoints.steps()
-            raise UserError(f"--resume: {resume}: no checkpoint of this run: choose from those of steps {steps}")
+            raise UserError(f"--resume: {resume}: not a checkpoint of this run: choose one of steps {steps}")
         try:
             return ctx.checkpoints.verify(Path(resume))
         except (CheckpointCorrupted, OSError) as reason:
             raise UserError(f"--resume: {reason}") from None
     saved, damage = ctx.checkpoints.newest()
     if saved is None and ctx.run.finished_step():
-        use = "eval.py and merge.py take what it learned; to train again choose another output.dir"
-        raise UserError(f"output.dir: {ctx.run.directory}: this run has ended, and its checkpoints are gone: {use}")
+        use = "use its result with eval.py and merge.py, or choose another output.dir to train again"
+        raise UserError(f"output.dir: {ctx.run.directory}: this run has ended and has no checkpoints: {use}")
     for what in damage:
-        ctx.run.print(f"warning: {what}: going back to an earlier checkpoint")
+        ctx.run.print(f"warning: {what}: using an earlier checkpoint")
     return saved
 
 
@@ -233,7 +234,7 @@ def read_state(saved: Checkpoint, scaler: torch.amp.GradScaler) -> TrainState:
 
 
 def load_weights(ctx: TrainContext, saved: Checkpoint) -> None:
-    """Only the weights of a checkpoint: to resume, or to take the best one as the result."""
+    """Load only the weights of a checkpoint: to resume, or to use the best one as the result."""
     tensors = sharding.distribute_like(saved.tensors(ctx.weights_file), ctx.trained_weights())
     if ctx.adapters:
         load_adapter_tensors(ctx.adapters, tensors, str(saved.path))
@@ -268,7 +269,8 @@ def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where:
     for name in sorted(own.keys() | saved.keys()):
         have, want = describe(saved.get(name), "missing"), describe(own.get(name), "none")
         if have != want:
-            raise UserError(f"{where}: {name}: {have}, but this run needs {want}: start anew with another output.dir")
+            fix = "start a new run with another output.dir"
+            raise UserError(f"{where}: {name}: {have}, but this run needs {want}: {fix}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])

@@ -1,7 +1,7 @@
-"""Names in a config that stand for entries of tables: known ones pass, others are refused with the nearest known name.
+"""Validate names in a config that refer to entries of tables; an unknown name is refused with the nearest known one.
 
-nanoft/config/ checks types and ranges, and knows no table: a new optimizer, schedule, record shape or metric is one
-entry beside its mathematics. All three commands call `validate_config` right after a config is loaded.
+nanoft/config/ checks types and ranges but knows no tables: a new optimizer, schedule, record shape or metric is one
+entry next to its mathematics. All three scripts call `validate_config` right after a config is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_RANK = 4096  # of LoRAConfig.rank
 
 
 def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> None:
-    """Check the names of table entries, and what the tables say about other settings; a mistake is a UserError.
+    """Check the names of table entries, and the constraints of these entries on other settings.
 
     Args:
         origin: section.field -> its name in the user's file, where that is another.
@@ -64,7 +64,7 @@ def check_objective(config: Config) -> None:
     if config.data.margin_field and not trains_score(config):
         idle.append("data.margin_field")
     if trains_score(config) and "lm_head" in (*config.lora.target_modules, *config.lora.modules_to_save):
-        raise UserError("lora: lm_head: training.objective=reward has a scalar head in its place: remove it")
+        raise UserError("lora: lm_head: training.objective=reward replaces it by a scalar head: remove it")
     supervised = {"training.label_smoothing": t.label_smoothing, "training.z_loss": t.z_loss}
     supervised |= {"training.neftune_alpha": t.neftune_alpha, "data.train_on": config.data.train_on != "assistant"}
     label = config.data.label_field
@@ -82,7 +82,7 @@ def check_schedule(t: TrainingConfig, total_steps: int | None) -> None:
 
 
 def check_variant(config: Config) -> None:
-    """Refuse settings that have no effect on this variant of LoRA, or that its files cannot hold."""
+    """Refuse settings that have no effect on this variant of LoRA, or that its files cannot store."""
     lora, variant = config.lora, variant_of(config.lora)
     without_effect = {
         "lora.freeze_a": lora.freeze_a and "lora_A" not in variant.TRAINED,
@@ -92,5 +92,5 @@ def check_variant(config: Config) -> None:
         raise UserError(f"{field}: has no effect with lora.init={lora.init}: remove it")
     most = MAX_RANK // variant.RANKS
     if (rank := max([lora.rank, *lora.rank_pattern.values()])) > most:
-        times = f"{lora.init} is saved as LoRA of {variant.RANKS} times the rank"
+        times = f"{lora.init} is saved as LoRA with {variant.RANKS} times the rank"
         raise UserError(f"lora.rank: {rank}: {times}: set lora.rank to {most} or less")

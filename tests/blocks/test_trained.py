@@ -152,7 +152,7 @@ def test_a_tensor_that_has_two_names_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, **{n.replace(".lora_A.", ".lora_A.other."): t + 1 for n, t in tensors.items()}}, path)
-    with pytest.raises(UserError, match=r"a second tensor for .*lora_A.weight: save one adapter alone"):
+    with pytest.raises(UserError, match=r"a second tensor for .*lora_A.weight: save a single adapter"):
         read_adapter(tmp_path / "adapter")
 
 
@@ -180,7 +180,7 @@ def test_a_vocabulary_that_was_resized_for_the_adapter_is_resized_here(tmp_path:
     ("settings", "change", "message"),
     [
         ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["score"]}, "modules_to_save: 'score' has no tensors"),
-        ({"target_modules": ["embed_tokens"]}, {}, r"embed_tokens.base_layer.weight is not the base's: merge it"),
+        ({"target_modules": ["embed_tokens"]}, {}, r"embed_tokens.base_layer.weight differs from the base: merge it"),
         ({}, {"ensure_weight_tying": True}, "ensure_weight_tying: True is not supported"),
         ({"trainable_token_indices": [3]}, {"trainable_token_indices": [3, 4]}, r"trainable_tokens_delta is \(1, 32\)"),
         ({"trainable_token_indices": [3]}, {"trainable_token_indices": [10**9]}, "trainable_token_indices: 1000000000"),

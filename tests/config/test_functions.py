@@ -36,7 +36,7 @@ def test_it_is_imported_from_the_current_directory_which_stays_off_the_path(
     [
         ("no_such_module:f", "data.format: no_such_module:f: ModuleNotFoundError"),
         ("math:no_such_name", "data.format: math:no_such_name: AttributeError"),
-        ("math:pi", r"data.format: math:pi: is not a function: write def pi\(record\)"),
+        ("math:pi", r"data.format: math:pi: not a function: define def pi\(record\)"),
     ],
 )
 def test_a_mistake_names_the_field_and_the_function(name: str, message: str) -> None:

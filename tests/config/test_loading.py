@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,8 +90,8 @@ def test_a_list_written_as_one_text_is_a_list(tmp_path: Path) -> None:
 BROKEN = {
     "syntax.py": ("x = 1\nconfig = (\n", "line 2"),
     "null.py": ("config = '\0'", "null bytes"),
-    "nothing.py": ("x = 1", "defines no `config`"),
-    "table.py": ("config = {'lora': {'rank': 4}}", "defines no `config`"),
+    "nothing.py": ("x = 1", "does not define `config`"),
+    "table.py": ("config = {'lora': {'rank': 4}}", "does not define `config`"),
     "import.py": ("import no_such_module_at_all", "ModuleNotFoundError"),
     "name.py": ("config = Confg()", "NameError"),
     "field.py": ("from nanoft.config import *\nconfig = Config(lora=LoRAConfig(rnk=4))", "rnk"),
@@ -225,6 +226,15 @@ def test_a_run_name_depends_on_what_changes_the_result_only() -> None:
     assert run_name("b.py", one) != run_name("b.py", {"lora.rank": "8"})
 
 
+def test_a_run_name_tells_base_data_and_method() -> None:
+    changes = {"lora.rank": "8", "data.train_file": "~/my chats.jsonl.gz", "model.name": "Qwen/Qwen2.5-3B-Instruct"}
+    name = run_name("auto.py", {**changes, "training.objective": "dpo"})
+    assert re.fullmatch("auto-Qwen2.5-3B-Instruct-my-chats-dpo-[0-9a-f]{6}", name)
+    assert run_name("b.py", {**changes, "data.train_file": "a/my chats.csv"}) != run_name("b.py", changes)
+    odd = run_name("b.py", {"model.name": "..", "data.train_file": "data/*.csv,é\udce9/" + 300 * "x"})
+    assert re.fullmatch("b-x{24}-[0-9a-f]{6}", odd)
+
+
 # --- code that a config may ask for
 
 
@@ -237,7 +247,8 @@ def test_only_a_config_in_python_may_name_a_function(name: str, tmp_path: Path) 
     for suffix in ("json", "yaml"):
         path = write(tmp_path / f"c.{suffix}", json.dumps(tree))
         if function:
-            refused(lambda path=path: load_file(path), str(path), f"evaluation.metrics: {name}: would run code")
+            field = f"evaluation.metrics: {name}: a data file must not name code"
+            refused(lambda path=path: load_file(path), str(path), field)
         else:
             assert load_file(path).evaluation.metrics == (name, "bleu")
     path = write(tmp_path / "config.json", json.dumps({**tree, "provenance": {}}))  # of a run: it goes on without

@@ -84,7 +84,7 @@ advanced:
 """
 MLX_TREE: dict[str, dict[str, Any]] = yaml.safe_load(MLX_FILE)
 MLX_FIELDS = {f"{section}.{name}": value for section, fields in MLX_TREE.items() for name, value in fields.items()}
-LAYOUT, SAME = "has its own layout", "as it is here by default"
+LAYOUT, SAME = "has its own layout", "already nanoft's default"
 # field -> value -> fields that it sets; or what is refused, after "error: "; or what is reported
 MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "model.name": [("a", {"model.name": "a"}), ("b/c", {"model.name": "b/c"})],
@@ -92,10 +92,10 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "model.dtype": [
         ("float16", {"model.dtype": "float16"}),
         ("bfloat16", {"model.dtype": "bfloat16"}),
-        ("int4", "error: model.dtype: 'int4' is none of auto, float32"),
+        ("int4", "error: model.dtype: 'int4' is not one of auto, float32"),
     ],
     "model.max_seq_length": [(512, {"model.max_seq_length": 512}), (0, "error: model.max_seq_length: 0 is out of")],
-    "model.trust_remote_code": [(True, "code that comes with a model is never run, and not needed"), (False, SAME)],
+    "model.trust_remote_code": [(True, "code that comes with a model is never run"), (False, SAME)],
     "lora.rank": [(8, {"lora.rank": 8}), (0, "error: lora.rank: 0 is out of range")],
     "lora.alpha": [(64, {"lora.alpha": 64}), (0, "error: lora.alpha: 0 is out of range")],
     "lora.dropout": [(0.2, {"lora.dropout": 0.2}), (1, "error: lora.dropout: 1 is out of range")],
@@ -135,7 +135,7 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "training.lr_scheduler_type": [
         ("linear", {"training.lr_scheduler": "linear", "training.warmup_steps": 100}),
         ("constant", {"training.lr_scheduler": "constant", "training.warmup_steps": 100}),
-        ("polynomial", "error: training.lr_scheduler_type: 'polynomial' is none of cosine, linear, constant"),
+        ("polynomial", "error: training.lr_scheduler_type: 'polynomial' is not one of cosine, linear, constant"),
     ],
     "training.warmup_steps": [(0, {"training.warmup_steps": 0}), (20, {"training.warmup_steps": 20})],
     "training.warmup_ratio": [
@@ -169,7 +169,7 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
         ("INFO", {"logging.level": "info"}),
         ("WARNING", {"logging.level": "warning"}),
         ("ERROR", {"logging.level": "error"}),
-        ("LOUD", "error: logging.level: 'LOUD' is none of debug, info"),
+        ("LOUD", "error: logging.level: 'LOUD' is not one of debug, info"),
     ],
     "logging.console": [(True, SAME), (False, {"logging.progress_bar": False, "logging.show_example": False})],
     "logging.file": [(True, SAME), (False, "train.log is always written")],
@@ -179,14 +179,14 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "logging.wandb": [
         (True, {"logging.report_to": "wandb"}),
         (False, {"logging.report_to": "none"}),
-        ("maybe", "error: logging.wandb: 'maybe' is none of False, True"),
+        ("maybe", "error: logging.wandb: 'maybe' is not one of False, True"),
     ],
     "system.seed": [(1, {"system.seed": 1}), (2, {"system.seed": 2})],
     "system.num_workers": [(0, SAME), (4, "batches are made by the process that trains")],
     "system.device": [("cpu", {"system.device": "cpu"}), ("mps", {"system.device": "mps"}), ("tpu", "error: tpu")],
     "system.mixed_precision": [(True, {"model.dtype": "float16"}), (False, {"model.dtype": "float32"})],
     "monitoring.track_memory": [(True, SAME), (False, "memory is always watched")],
-    "monitoring.memory_log_steps": [(5, "every train line has the memory"), (50, "every train line has the memory")],
+    "monitoring.memory_log_steps": [(5, "every train line includes the memory"), (50, "every train line includes")],
     "monitoring.track_gradients": [(True, {"logging.gradient_steps": 100}), (False, {"logging.gradient_steps": 0})],
     "monitoring.gradient_log_steps": [(5, {"logging.gradient_steps": 5}), (7, {"logging.gradient_steps": 7})],
     "monitoring.save_metrics_plot": [(True, {"logging.plots": "epoch"}), (False, {"logging.plots": "none"})],
@@ -214,9 +214,9 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
         (False, {"training.checkpointing": "none"}),
     ],
     "advanced.compile_model": [(True, {"training.compile": True}), (False, {"training.compile": False})],
-    "advanced.use_cache": [(True, SAME), (False, "answers are the same with the cache")],
+    "advanced.use_cache": [(True, SAME), (False, "the cache is always used")],
     "advanced.pad_to_multiple_of": [(8, {"data.pad_to_multiple_of": 8}), (None, {"data.pad_to_multiple_of": 1})],
-    "advanced.dataloader_pin_memory": [(False, SAME), (True, "it changes no result here")],
+    "advanced.dataloader_pin_memory": [(False, SAME), (True, "changes no result here")],
     "advanced.debug_mode": [(True, {"system.debug": True}), (False, {"system.debug": False})],
     "advanced.profile_training": [(True, {"system.profile": True}), (False, {"system.profile": False})],
     "advanced.detect_anomaly": [(True, {"system.debug": True}), (False, {"system.debug": False})],
@@ -239,27 +239,27 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
         ("text-generation", {"data.format": "auto"}),
         ("summarization", {"data.format": "summarization"}),
         ("extractive-question-answering", {"data.format": "extractive_qa"}),
-        ("translation", "error: task: 'translation' is none of text-generation, summarization, extractive-q"),
+        ("translation", "error: task: 'translation' is not one of text-generation, summarization, extractive-q"),
     ],
     "model_name": [("a/b", {"model.name": "a/b"}), ("c", {"model.name": "c"})],
     "provider": [
         ("huggingface", SAME),
         ("unsloth", "nanoft's own kernels are used"),
-        ("openai", "error: provider: 'openai' is none of huggingface, unsloth"),
+        ("openai", "error: provider: 'openai' is not one of huggingface, unsloth"),
     ],
     "strategy": [
         ("sft", {"training.objective": "sft", "training.method": "lora"}),
         ("qlora", {"training.objective": "sft", "training.method": "lora", "quantization.bits": 4}),
         ("dpo", {"training.objective": "dpo"}),  # `validate_config` knows whether there is one
         ("rlhf", {"training.objective": "grpo"}),
-        ("magic", "error: strategy: 'magic' is none of sft, qlora, dpo, rlhf"),
+        ("magic", "error: strategy: 'magic' is not one of sft, qlora, dpo, rlhf"),
     ],
     "dataset": [("a.jsonl", {"data.train_file": "a.jsonl"}), ("b", {"data.train_file": "b"})],
     "compute_specs": [
-        ("low_end", "configs/gpu_8gb.py supplies what the file leaves out"),
-        ("mid_range", "configs/gpu_12gb.py supplies what the file leaves out"),
-        ("high_end", "configs/gpu_24gb.py supplies what the file leaves out"),
-        ("huge", "error: compute_specs: 'huge' is none of low_end, mid_range, high_end"),
+        ("low_end", "configs/gpu_8gb.py supplies the missing settings"),
+        ("mid_range", "configs/gpu_12gb.py supplies the missing settings"),
+        ("high_end", "configs/gpu_24gb.py supplies the missing settings"),
+        ("huge", "error: compute_specs: 'huge' is not one of low_end, mid_range, high_end"),
         (None, "error: compute_specs: None: set low_end (4-6 GB)"),
         (["low_end"], "error: compute_specs: ['low_end']: set low_end (4-6 GB)"),
         ({}, "error: compute_specs: {}: set low_end (4-6 GB)"),
@@ -612,10 +612,10 @@ def test_several_bases_and_flat_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: loop.yaml", "loop.yaml: base: builds on itself"),
+        ("base: loop.yaml", "loop.yaml: base: this file builds on itself"),
         ("base: other.yaml", "other.yaml: no such config file"),
-        ("base: 3", "base: \\[?3\\]? is not the name of a file"),
-        ("base: code.py", "code.py: base: Python would run code"),
+        ("base: 3", "base: \\[?3\\]? is neither a file name"),
+        ("base: code.py", "code.py: base: must not name a Python file"),
     ],
 )
 def test_a_wrong_base_is_one_line(text: str, message: str, tmp_path: Path) -> None:

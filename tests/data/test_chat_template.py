@@ -98,7 +98,7 @@ def test_thoughts_and_plain_answers_mix_and_a_record_may_choose(tmp_path: Path) 
     assert learned(chat, [USER, SPOKEN]) == [(plain, "4<|im_end|>")]
     empty = plain + "<think>\n\n</think>\n\n"
     assert learned(chat, [USER, SPOKEN], template_args=quiet) == [(empty, "4<|im_end|>")]
-    with pytest.raises(UserError, match="closes the thought in the prompt, the answer has one: set enable_thinking"):
+    with pytest.raises(UserError, match="has a thought, but the prompt ends with a closed one: set enable_thinking"):
         chat.render_samples([USER, thought], 0, template_args=quiet)
 
 

@@ -351,7 +351,7 @@ def test_template_that_changes_the_prompt_when_answered(tmp_path: Path) -> None:
     assert chat.decode(sample.ids.tolist(), keep_special=True) == prompt + "yes<|im_end|>\n"
     assert target_texts(chat, sample) == ["yes<|im_end|>"]
     chat = with_template(tmp_path / "calls", WITH_TOOLS.replace("message.role + '\\n'", counted))
-    with pytest.raises(UserError, match="does not start with the prompt"):
+    with pytest.raises(UserError, match="does not start with its prompt"):
         chat.render_samples(TOOLED[:2], 0)
 
 

@@ -137,7 +137,7 @@ def test_the_end_of_an_answer_is_there_once(chats: dict[tuple[str, str], ChatTok
 def test_a_text_that_was_rendered_is_not_rendered_again(chats: dict[tuple[str, str], ChatTokenizer]) -> None:
     asked = {"role": "user", "content": "<s>[INST] a [/INST]"}
     with pytest.raises(
-        TemplateRefusal, match=r"^a message has <s>, which the chat template writes: set data\.format=raw"
+        TemplateRefusal, match=r"^a message contains <s>, which the chat template writes: set data\.format=raw"
     ):
         chats["mistral", "parse"].render_samples([asked, {"role": "assistant", "content": "b"}], 0)
 

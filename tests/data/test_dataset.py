@@ -218,7 +218,7 @@ def test_garbled_text_and_repetition_are_counted(chat: ChatTokenizer, tmp_path: 
     ]
     found = build(chat, write(tmp_path / "d.jsonl", records))
     assert found.report["notes"] == [
-        ["a text seems to be UTF-8 read in another encoding (Ã©, â€™), or has U+FFFD", 2, f"{tmp_path}/d.jsonl:2"],
+        ["a text looks like UTF-8 decoded with another encoding (Ã©, â€™), or has U+FFFD", 2, f"{tmp_path}/d.jsonl:2"],
         ["an answer repeats one phrase over and over", 1, f"{tmp_path}/d.jsonl:4"],
     ]
 
@@ -257,8 +257,8 @@ def test_only_the_training_split_of_a_directory_is_trained_on(chat: ChatTokenize
         found = build_datasets(data, chat, 512, 0, said.append)
         assert {c.prompt() for c in found.conversations(found.training, 9)} == {f"train {n}" for n in range(4)}
         assert {c.prompt() for c in found.conversations(found.validation, 9)} == {f"validation {n}" for n in range(4)}
-    assert said[0].endswith("/data: only its train split is read, not test.jsonl, validation.jsonl")
-    assert said[1].endswith("/data: only its validation split is read, not test.jsonl, train.jsonl")
+    assert said[0].endswith("/data: reading only its train split, not test.jsonl, validation.jsonl")
+    assert said[1].endswith("/data: reading only its validation split, not test.jsonl, train.jsonl")
     assert len(said) == 4
 
 
@@ -363,7 +363,7 @@ def test_long_texts_become_several_samples(chat: ChatTokenizer, tmp_path: Path) 
 def test_replies_that_are_cut_off_are_a_warning(chat: ChatTokenizer, tmp_path: Path) -> None:
     reply = "This is one. " + "and it goes on and on " * 5
     found = build(chat, write(tmp_path / "d.jsonl", [pair("a", reply), pair("b", reply + ".")]))
-    said = f"warning: the last reply stops in mid-sentence: 1 records, first {tmp_path}/d.jsonl:1"
+    said = f"warning: the last answer stops in mid-sentence: 1 records, first {tmp_path}/d.jsonl:1"
     assert said in describe_data(found.report)
 
 
@@ -481,7 +481,7 @@ def test_where_all_prompts_are_equal_answers_are_held_out(chat: ChatTokenizer, t
     assert lines_of(found, found.validation) != lines_of(other, other.validation)
     said = "\n".join(describe_data(found.report))
     assert "held out 10 of 40 records for validation: equal prompts together, except prompts that" in said
-    assert "30 training records have the prompt of a validation record: kept, since that prompt is frequent" in said
+    assert "30 training records share the prompt of a validation record: kept, since that prompt is frequent" in said
     assert "near duplicates" not in said
 
 
@@ -508,7 +508,7 @@ def test_a_validation_file_with_the_one_prompt_of_all_records(
     shared += leaks == "warn"  # the rare prompt
     assert found.report["shared_prompts"] == shared
     said = "\n".join(describe_data(found.report))
-    assert ("training records have the prompt of a validation record: kept" in said) == (shared > 0)
+    assert ("training records share the prompt of a validation record: kept" in said) == (shared > 0)
 
 
 def test_names_and_weights_make_records_different(chat: ChatTokenizer, tmp_path: Path) -> None:
@@ -542,7 +542,7 @@ def test_times_may_be_numbers_in_texts_and_dates_are_utc(chat: ChatTokenizer, tm
 
 def test_a_size_that_leaves_nothing(chat: ChatTokenizer, tmp_path: Path) -> None:
     file = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(5)])
-    with pytest.raises(UserError, match=r"data\.validation_size: 5: there are 5 records"):
+    with pytest.raises(UserError, match=r"data\.validation_size: 5 of only 5 records"):
         build(chat, file, validation_size=5)
 
 
@@ -799,5 +799,5 @@ def test_fields_and_questions_are_those_of_the_records(chat: ChatTokenizer, tmp_
             raw = json.loads(Path(file).read_text().splitlines()[int(line) - 1])
             expected.append(str(raw.get("topic", "(none)")))
         assert found.field_values(side, "topic") == expected
-    with pytest.raises(UserError, match="tpic: no record has this field: there are prompt, completion"):
+    with pytest.raises(UserError, match="tpic: no record has this field: choose from prompt, completion"):
         found.field_values(found.training, "tpic")

@@ -85,9 +85,7 @@ UNMARKED = {"prompt": "Q", "completion": "A"}, {"messages": [USER, ASSISTANT]}, 
 @pytest.mark.parametrize("labels", [[False, True], [1, 0], ["desirable"], [None, "False"], [0.0]])
 def test_bad_answers_are_not_learned_without_a_choice(path: Path, record: dict[str, Any], labels: list[Any]) -> None:
     records = [{**record, "label": label} for label in labels]
-    with pytest.raises(
-        UserError, match=r"data\.label_field=label .* only the good ones, data\.label_field=ignore .* all"
-    ):
+    with pytest.raises(UserError, match=r"data\.label_field=label .* only good ones, data\.label_field=ignore .* all"):
         read(path, records)
     assert len(read(path, records, label_field="ignore")[1]) == len(records)
     assert len(read(path, [{**record, "label": "math"}, *records])[1]) == len(records) + 1  # a class of another kind
@@ -113,7 +111,7 @@ PAIRS: list[tuple[dict[str, Any], dict[str, str]]] = [
 def test_pairs_of_answers_are_named_with_the_setting_that_learns_the_chosen_ones(
     path: Path, record: dict[str, Any], columns: dict[str, str]
 ) -> None:
-    with pytest.raises(UserError, match=r"holds pairs of answers: set training\.objective=dpo to prefer") as raised:
+    with pytest.raises(UserError, match=r"contains pairs of answers: set training\.objective=dpo to learn") as raised:
         read(path, [record])
     assert f"data.columns='{json.dumps(columns)}'" in str(raised.value)
     assert read(path, [record], columns=columns)[1][0].messages == [USER, ASSISTANT]

@@ -371,11 +371,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "part without text": (turns(("user", [{"type": "text"}]), ("assistant", "A")), "a part has no text: its fields"),
     "name": ({"messages": [{**USER, "name": []}, ASSISTANT]}, "name: [] is not a string"),
     "truth": (turns(ASKED, ("assistant", True)), "content: true is not a string"),
-    "null turn": ({"messages": [None, USER, ASSISTANT]}, "messages: a turn is null: it needs a role and content"),
+    "null turn": ({"messages": [None, USER, ASSISTANT]}, "messages: a turn needs a role and content, found null"),
     "no content": ({"messages": [USER, {"role": "assistant"}]}, "messages: a turn has no content: its fields are role"),
     "reasoning": ({"messages": [USER, {**ASSISTANT, "reasoning_content": []}]}, "content: [] is not a string"),
-    "weight": ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "weight must be 0 or 1, and train true or false"),
-    "train": ({"messages": [USER, {**ASSISTANT, "train": "no"}]}, "weight must be 0 or 1, and train true or false"),
+    "weight": ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "weight must be 0 or 1, train must be true or"),
+    "train": ({"messages": [USER, {**ASSISTANT, "train": "no"}]}, "weight must be 0 or 1, train must be true or"),
     "long weight": ({"messages": [USER, {**ASSISTANT, "weight": "x" * 999}]}, "weight must be 0 or 1"),
     "user calls": ({"messages": [{**CALLS, "role": "user"}, ASSISTANT]}, "tool_calls: 'user' cannot call tools"),
     "calls as object": (calling({"name": "f"}), 'tool_calls: "name" is not a function call with a name'),
@@ -401,7 +401,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no speaker": ({"conversations": [{"value": "Q"}]}, "conversations: a turn has no role: its fields are content"),
     "no value": ({"conversations": [{"from": "human"}]}, "conversations: a turn has no content: its fields are role"),
     "function call": (speak(("human", "Q"), ("function_call", "add(1)")), "function_call: not valid JSON"),
-    "conversations of texts": ({"conversations": ["Q", "A"]}, 'a turn is "Q": it needs a role and content'),
+    "conversations of texts": ({"conversations": ["Q", "A"]}, 'a turn needs a role and content, found "Q"'),
     "output null": ({"instruction": "Q", "output": None}, "output: null is not a string"),
     "input list": ({"instruction": "Q", "input": ["X"], "output": "A"}, 'input: ["X"] is not a string'),
     "system list": ({"instruction": "Q", "output": "A", "system": [3]}, "system: [3] is not a string"),
@@ -542,7 +542,7 @@ UNKNOWN: dict[str, tuple[list[Any], str]] = {
         [{"q": "Q", "a": "A"}],
         ": unknown shape: its first record has the fields q, a: map them with data.colu",
     ),
-    "list": ([["Q", "A"]], ": unknown shape: its first record has no fields: it is a list"),
+    "list": ([["Q", "A"]], ": unknown shape: its first record has no fields, but is a list"),
     "newlines": ([{"a\nb": 1}], r"has the fields a\nb: map them"),
     "many": ([{f"field {n}": n for n in range(1000)}], "has the fields field 0, field 1, "),
 }
@@ -650,7 +650,7 @@ def test_fields_are_kept_for_the_split(path: Path) -> None:
         {"time": "2024-02-29", "user": ""},
     ]
     assert [item.reason.split(":")[0] for item in bad] == ["user"] * 5
-    assert "not a value to split by" in bad[1].reason
+    assert "cannot be used to split the data" in bad[1].reason
 
 
 def test_fields_of_a_table_with_dates(tmp_path: Path) -> None:
@@ -665,13 +665,13 @@ def test_fields_of_a_table_with_dates(tmp_path: Path) -> None:
     assert (len(good_ones), bad_one.line) == (2, 3)
     nested = [{"text": "a", "time": [date]}]
     _, _, (bad_one,) = read(tmp_path / "data.parquet", nested, split_time="time")
-    assert bad_one.reason.startswith('time: ["2024-02-29 12:00:00"] is not a value')
+    assert bad_one.reason.startswith('time: ["2024-02-29 12:00:00"] cannot be used')
 
 
 def test_values_that_json_has_not_are_no_arguments(tmp_path: Path) -> None:
     calls = {**CALLS, "tool_calls": [call("f", {"a": b"bytes"})]}
     _, _, (bad,) = read(tmp_path / "data.parquet", [{"messages": [USER, calls]}])
-    assert bad.reason == "arguments: contains a value of type bytes, which JSON does not have"
+    assert bad.reason == "arguments: contains a value of type bytes, which JSON cannot represent"
 
 
 # ---- Some lines only

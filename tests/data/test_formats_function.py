@@ -73,12 +73,12 @@ def test_columns_labels_and_fields_are_those_of_the_record(path: Path) -> None:
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [
-        (None, "the function returned NoneType: expected the fields of a shape"),
+        (None, "the function returned NoneType: return the fields of a shape"),
         (5, "the function returned int"),
         ({"question": "Q"}, "the function returned the fields question"),
         ([], "messages is not a list of turns"),
         ([USER], "no assistant message"),
-        ([USER, 5], "messages: a turn is 5: it needs a role and content"),
+        ([USER, 5], "messages: a turn needs a role and content, found 5"),
         ({"prompt": "Q", "completion": ""}, "an assistant message is empty"),
         ("a\ufdd0", "text: contains a reserved Unicode noncharacter (U+FDD0)"),
     ],
@@ -106,11 +106,11 @@ def test_an_error_of_the_function_names_file_and_line(path: Path) -> None:
     ("name", "message"),
     [
         ("my_formats:absent", "data.format: my_formats:absent: AttributeError"),
-        ("my_formats:constant", "is not a function: write def constant(record)"),
+        ("my_formats:constant", "not a function: define def constant(record)"),
         ("no_such_module_here:f", "ModuleNotFoundError"),
         ("mesages", "'mesages' is not known: did you mean messages?"),
         ("xyz", ": choose one of auto, messages, "),
-        ("untrusted my_formats:pair", "my_formats:pair is code, which config.json cannot name: add data.format="),
+        ("untrusted my_formats:pair", "a run's config.json must not name code to run: add data.format="),
     ],
 )
 def test_a_format_that_does_not_exist(path: Path, name: str, message: str) -> None:
@@ -132,7 +132,7 @@ def test_functions_are_accepted_from_python_and_the_command_line_only(tmp_path: 
     (tmp_path / "c.yaml").write_text("data: {format: 'my_formats:pair'}\n")
     (tmp_path / "c.json").write_text(json.dumps({"data": {"format": "my_formats:pair"}}))
     for name in ("c.yaml", "c.json"):
-        with pytest.raises(UserError, match=rf"{name}: data\.format: my_formats:pair: would run code"):
+        with pytest.raises(UserError, match=rf"{name}: data\.format: my_formats:pair: a data file must not name code"):
             load_config(tmp_path / name, environment={})
 
 
@@ -141,7 +141,7 @@ def test_a_runs_config_json_never_imports_its_function(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(recorded))
     config = load_config(tmp_path / "config.json", environment={})
     assert config.evaluation.metrics == ("numeric",)
-    with pytest.raises(UserError, match=r"add data\.format=my_formats:pair again"):
+    with pytest.raises(UserError, match=r"add data\.format=my_formats:pair"):
         format_function(config.data.format)
     check_format(config.data.format)  # so that commands which read no data accept such a run
     given = load_config(tmp_path / "config.json", ["data.format=my_formats:pair"], environment={})

@@ -47,11 +47,11 @@ def test_sound_templates_pass(name: str, tmp_path: Path) -> None:
     checks = verdicts(chat, build(tmp_path / "d.jsonl", chat))
     assert list(checks) == ["stop", "bos", "targets", "prompt"]
     assert all(check.passed for check in checks.values()), [check.preflight_line() for check in checks.values()]
-    assert checks["stop"].found.startswith("20 of 20 turns end in a stop token")
+    assert checks["stop"].found.startswith("20 of 20 turns end with a stop token")
 
 
 WRONG = {
-    "stop": (Style(NO_END, None, "<|im_end|>", "<|im_end|>"), "0 of 20 turns end in a stop token"),
+    "stop": (Style(NO_END, None, "<|im_end|>", "<|im_end|>"), "0 of 20 turns end with a stop token"),
     "bos": (Style(TWO_BOS, "<s>", "<|im_end|>", "<|im_end|>"), "20 with two"),
 }
 
@@ -73,7 +73,7 @@ def test_a_prompt_that_training_did_not_see_fails_its_check(tmp_path: Path, monk
     monkeypatch.setattr(ChatTokenizer, "encode_prompt", lambda *given: seen(*given)[:-1])
     check = verdicts(chat, corpus)["prompt"]
     assert not check.passed
-    assert check.found.startswith("0 of 20 prompts are the same in training and at inference; in training ")
+    assert check.found.startswith("0 of 20 prompts are the same in training and at inference; in training, ")
 
 
 def test_template_args_make_training_and_use_alike(tmp_path: Path) -> None:

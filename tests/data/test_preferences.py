@@ -221,7 +221,7 @@ def test_columns_margins_and_a_function_of_the_user(
     assert (pair.versions, pair.label) == (found.versions, 1.5)
     assert (said(single.messages), single.label) == ("u:Q a:g", 1.0)
     (bad,) = read(path, [record], format="preference_formats:single")
-    assert "the function returned the fields prompt, completion: expected the fields of a shape" in bad.reason  # type: ignore[union-attr]
+    assert "the function returned the fields prompt, completion: return the fields of a shape" in bad.reason  # type: ignore[union-attr]
 
 
 # ---- What is no pair
@@ -264,7 +264,7 @@ def test_what_has_no_preference_is_counted_as_such(
 
 
 MALFORMED = [
-    (compared("g", [["x"]]), 'rejected: a turn is ["x"]'),
+    (compared("g", [["x"]]), 'rejected: a turn needs a role and content, found ["x"]'),
     (compared("g", True), "rejected: true is not a string"),
     (compared("g", "\ud800"), "rejected: contains a lone surrogate"),
     (compared("g", [{"role": "user", "content": "b"}]), "have no prompt in common"),
@@ -272,7 +272,7 @@ MALFORMED = [
     ({"chosen": "g", "rejected": "b"}, "has no prompt"),
     ({"prompt": "Q", "chosen": "g"}, "expected the fields chosen, rejected, found prompt, chosen"),
     ({"chosen": talk("Q", "A"), "rejected": talk("R", "B")}, "have no prompt in common"),
-    ({"prompt": "X", "chosen": talk("Q", "A"), "rejected": talk("Q", "B")}, "prompt is not what the answers reply to"),
+    ({"prompt": "X", "chosen": talk("Q", "A"), "rejected": talk("Q", "B")}, "differs from the prompt in the answers"),
     (compared("g", "b") | {"prompt": " "}, "a user message is empty"),
 ]
 
@@ -304,13 +304,13 @@ def test_a_margin_is_a_number(path: Path, gap: Any) -> None:
 
 
 ELSEWHERE: list[tuple[Learns, dict[str, Any], str]] = [
-    ("pairs", {"messages": talk("Q", "A")}, r"\(messages\) are not compared: set training\.objective=sft$"),
-    ("pairs", {"text": "A"}, r"\(text\) are not compared: set training\.objective=sft$"),
+    ("pairs", {"messages": talk("Q", "A")}, r"it has no preferred answers \(messages\): set training\.objective=sft$"),
+    ("pairs", {"text": "A"}, r"it has no preferred answers \(text\): set training\.objective=sft$"),
     ("pairs", {"prompt": "Q", "completion": "A", "label": True}, r"objective=sft, or training\.objective=kto to "),
     ("labels", {"text": "A"}, r"set training\.objective=sft$"),
-    ("turns", ranked("a", "b"), r"holds pairs of answers: set training\.objective=dpo to prefer the better ones$"),
-    ("turns", PAIRS["sharegpt"][0], r"holds pairs of answers: set training\.objective=dpo to prefer the better ones$"),
-    ("turns", PAIRS["axolotl"][0], r"holds pairs of answers: set training\.objective=dpo to prefer the better ones$"),
+    ("turns", ranked("a", "b"), r"contains pairs of answers: set training\.objective=dpo to learn the preference$"),
+    ("turns", PAIRS["sharegpt"][0], r"contains pairs of answers: set training\.objective=dpo to learn the preference$"),
+    ("turns", PAIRS["axolotl"][0], r"contains pairs of answers: set training\.objective=dpo to learn the preference$"),
 ]  # fmt: skip
 
 
@@ -419,7 +419,7 @@ def test_a_pair_is_dropped_as_a_whole(path: Path, chat: ChatTokenizer) -> None:
     )
     corpus = build(path, chat, [long, short], limit=60)
     assert (len(corpus.training), corpus.report["removed"]) == (2, {"too long": 1})
-    with pytest.raises(UserError, match=r"data\.jsonl:1: .* tokens are more than model\.max_seq_length=60"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: .* tokens, more than model\.max_seq_length=60"):
         build(path, chat, [long, short], limit=60, truncation="reject")
 
 
@@ -499,7 +499,7 @@ def test_a_length_bias_and_pairs_that_hardly_differ_are_reported(path: Path, cha
 
     assert warnings(30) == warnings(34) == []
     (line,) = warnings(54)
-    assert line.startswith("warning: the chosen answer is the longer one in 90% of the pairs")
+    assert line.startswith("warning: the chosen answer is longer in 90% of the pairs")
     record = {"prompt": "Q", "answers": [SENTENCE * 3 + "a", SENTENCE * 3 + "b"]}
     corpus = build(path, chat, [record, *({"prompt": f"Q{n}", "answers": ["yes", "not at all"]} for n in range(3))])
     assert corpus.report["near_equal"] == 1
@@ -514,7 +514,7 @@ def test_checks_hold_for_both_answers(learns: Learns, path: Path, chat: ChatToke
     records = [{"prompt": talk("Hi", "Yo", f"Q {n}"), "chosen": "good", "rejected": "bad"} for n in range(5)]
     checks = {check.name: check for check in check_data(build(path, chat, records, learns), chat, "assistant")}
     assert all(check.passed for check in checks.values())
-    assert checks["stop"].found.startswith("10 of 10 turns end in a stop token")
+    assert checks["stop"].found.startswith("10 of 10 turns end with a stop token")
     assert checks["prompt"].found.startswith("10 of 10 prompts are the same")
 
 

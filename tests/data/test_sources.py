@@ -240,11 +240,11 @@ SPLITS: dict[str, tuple[str, str | list[str], str | list[str]]] = {
     "folders": ("train/0000.parquet train/0001.parquet test/0000.parquet",
                 ["train/0000.parquet", "train/0001.parquet"], ["test/0000.parquet"]),
     "configurations": ("main/train.jsonl main/test.jsonl socratic/train.jsonl socratic/test.jsonl",
-                       "has 2 splits that could be meant (main/train.jsonl, socratic/train.jsonl): name one: ",
-                       "has 2 splits that could be meant (main/test.jsonl, socratic/test.jsonl): name one: "),
+                       "has 2 candidate splits (main/train.jsonl, socratic/train.jsonl): name one: ",
+                       "has 2 candidate splits (main/test.jsonl, socratic/test.jsonl): name one: "),
     "sharded configurations": ("a/train-00000-of-00002.jsonl a/train-00001-of-00002.jsonl b/train-00000-of-00001.jsonl",
-                               "has 2 splits that could be meant (a/train, b/train-00000-of-00001.jsonl): name one: ",
-                               "has 2 splits that could be meant (a/train, b/train-00000-of-00001.jsonl): name one: "),
+                               "has 2 candidate splits (a/train, b/train-00000-of-00001.jsonl): name one: ",
+                               "has 2 candidate splits (a/train, b/train-00000-of-00001.jsonl): name one: "),
     "kinds": ("data/train_sft-00000-of-00001.parquet data/train_gen-00000-of-00001.parquet data/test_sft.parquet",
               "(data/train_gen-00000-of-00001.parquet, data/train_sft-00000-of-00001.parquet): name one: ",
               ["data/test_sft.parquet"]),
@@ -252,7 +252,7 @@ SPLITS: dict[str, tuple[str, str | list[str], str | list[str]]] = {
     "no split": ("a.jsonl b/c.jsonl", ["a.jsonl", "b/c.jsonl"], ["a.jsonl", "b/c.jsonl"]),
     "one without a name": ("chats.jsonl more.jsonl valid.jsonl", ["chats.jsonl", "more.jsonl"], ["valid.jsonl"]),
     "held out alone": ("val.jsonl", ["val.jsonl"], ["val.jsonl"]),
-    "held out twice": ("test.jsonl val.jsonl", "has 2 splits that could be meant (test.jsonl, val.j", ["val.jsonl"]),
+    "held out twice": ("test.jsonl val.jsonl", "has 2 candidate splits (test.jsonl, val.j", ["val.jsonl"]),
     "other words": ("testimony.jsonl constrained.jsonl", ["constrained.jsonl", "testimony.jsonl"],
                     ["constrained.jsonl", "testimony.jsonl"]),
     "upper case": ("TRAIN.jsonl TestSet.jsonl", ["TRAIN.jsonl"], ["TestSet.jsonl"]),
@@ -294,7 +294,7 @@ def test_the_shards_of_a_split_are_found_by_its_name(tmp_path: Path) -> None:
 def test_a_hub_dataset_with_several_configurations_is_not_guessed(hub: type[Hub]) -> None:
     with pytest.raises(UserError) as raised:
         find_files("hf://datasets/some/data")
-    what = "has 3 splits that could be meant (main/train.jsonl, socratic/train, train_all/train.tsv)"
+    what = "has 3 candidate splits (main/train.jsonl, socratic/train, train_all/train.tsv)"
     fix = "name one: hf://datasets/some/data/main/train.jsonl"
     assert str(raised.value) == f"data.train_file: hf://datasets/some/data: {what}: {fix}"
 
@@ -471,7 +471,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "array.jsonl": (array(GOOD, GOOD).replace(b"\n", b"") + b"\n", (2,)),
     "pretty array.jsonl": (json.dumps([json.loads(GOOD)], indent=1).encode(), (1,)),
     "array over lines.jsonl": (array(GOOD, GOOD), (2,)),
-    "arrays on lines.jsonl": (lines(b"[" + GOOD + b"]", b"[" + GOOD + b"]"), "no fields: it is a list"),
+    "arrays on lines.jsonl": (lines(b"[" + GOOD + b"]", b"[" + GOOD + b"]"), "no fields, but is a list"),
     "number.json": (b"42", "expected an array of records, or an object with one: found int"),
     "string.json": (b'"hello"', "found str"),
     "null.json": (b"null", "found NoneType"),
@@ -530,9 +530,9 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
         (
             1,
             "completion is not a list of turns",
-            *(f"completion: a turn is {value}: it needs" for value in ('"A"', '["A"]')),
+            *(f"completion: a turn needs a role and content, found {value}" for value in ('"A"', '["A"]')),
             "completion: a turn has no role: its fields are text",
-            "completion: a turn is 5: it needs",
+            "completion: a turn needs a role and content, found 5",
         ),
     ),
     "deep.jsonl": (
@@ -541,7 +541,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
             *(answer(b"[" * n + b"]" * n) for n in (100, 5_000, 100_000)),
             *(answer(b'{"a":' * n + b"1" + b"}" * n) for n in (100, 100_000)),
         ),
-        (1, "a turn is [[[", "nested too deeply", "nested too deeply", "a turn has no role", "nested too deeply"),
+        (1, "content, found [[[", "nested too deeply", "nested too deeply", "a turn has no role", "nested too deeply"),
     ),
     "duplicate keys.jsonl": (lines(b'{"prompt": 5, "prompt": "Q", "completion": "A"}'), (1,)),
     "other fields.jsonl": (
@@ -633,7 +633,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "nul.csv": (HEAD + b"Q,A\nQ,A\0B\nQ,A\n", (3,)),
     "spaces.csv": (b'prompt, completion\n"Q, please", "A, sir"\n', (1,)),
     "blank rows.csv": (HEAD + b"\nQ,A\n,,\n,\nQ,A\n", (2,)),
-    "backslash.csv": (HEAD + b'Q,A\n"Say \\"x\\"",A\n', (1, 'a quote within quotes is written twice: ""')),
+    "backslash.csv": (HEAD + b'Q,A\n"Say \\"x\\"",A\n', (1, 'a quote within quotes must be doubled: ""')),
     "latin-1.csv": (HEAD + "Q,A\nQ,café\nQ,A\n".encode("latin-1"), (2, f"completion: {HALF}")),
     "latin-1 header.csv": (b"prompt,completion,caf\xe9\nQ,A,B\n", (1,)),
     "latin-1 header unknown.csv": (b"caf\xe9,b\nQ,A\n", r"the fields caf\udce9, b"),

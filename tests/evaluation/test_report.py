@@ -141,7 +141,7 @@ def test_a_model_that_does_not_stop_or_forgets_is_warned_of() -> None:
         pair = [EvalResult({"general_loss": figure}) for figure in (after, general)]
         assert ("warnings" in reported(*pair)[0]) == told
     longer = measured(HARD, "r" * 8, stopped=False, tokens=8)
-    assert "answers have 8 tokens, not 5, and fewer of them stop" in reported(longer, base)[0]["warnings"]
+    assert "answers have grown from 5 to 8 tokens, and fewer of them stop" in reported(longer, base)[0]["warnings"]
     assert reported(measured(HARD, "r" * 8, tokens=8), base)[0].get("warnings") is None  # longer, and they stop
     leak = {"exact": 1, "near": 0, "said": "one prompt stands in the training data"}
     assert reported(tuned, base, leakage=leak)[0]["warnings"] == [leak["said"]]
@@ -317,7 +317,7 @@ def test_the_leak_check_of_a_split_is_told_as_it_was_made() -> None:
 
     assert said("warn") == "no training record has the prompt of a validation record; no near duplicates were found"
     assert said("warn", shared_prompts=7).startswith("7 training records have the prompt of a validation record;")
-    assert said("warn", leaks="ignore").startswith("equal prompts were not searched for (data.leaks=ignore)")
+    assert said("warn", leaks="ignore").startswith("equal prompts were not checked (data.leaks=ignore)")
     assert "4 such training records were removed" in said("warn", removed={"leak": 4})
     assert "3 training records nearly repeat" in said("warn", near_leaks=3)
     assert "near duplicates were not checked" in said("ignore")

@@ -392,21 +392,21 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     [
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar: llama.cpp's gemma2 computes it from the"),
         ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping: llama.cpp's gemma2 always has both caps"),
-        ("gemma2", {"layer_types": [FULL, SLIDING, FULL]}, "layer_types: llama.cpp's gemma2 can have every n-th"),
-        ("gemma2", {"layer_types": [FULL] * 3}, "sliding_window: llama.cpp's gemma2 requires layers with one"),
-        ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings: llama.cpp's gemma2 has no head of its own"),
+        ("gemma2", {"layer_types": [FULL, SLIDING, FULL]}, "layer_types: llama.cpp's gemma2 supports only full"),
+        ("gemma2", {"layer_types": [FULL] * 3}, "sliding_window: llama.cpp's gemma2 requires layers with a window"),
+        ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings: llama.cpp's gemma2 has no separate head"),
         ("gemma3_text", {"final_logit_softcapping": 3.0}, "attn_logit_softcapping: llama.cpp's gemma3 has no caps"),
         ("gemma3_text", {"rope_parameters": {SLIDING: SCALED, FULL: SCALED}}, "rope_parameters: llama.cpp's gemma3"),
         ("phi3", {"head_dim": 20, "rope_parameters": PLAIN}, "head_dim: llama.cpp's phi3 requires"),
-        ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings: llama.cpp's olmo2 needs a head of its own"),
+        ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings: llama.cpp's olmo2 needs a separate head"),
         ("olmo3", {"rope_parameters": {SLIDING: PLAIN, FULL: {**PLAIN, "rope_theta": 5e5}}}, "rope_theta: .* one for"),
         (
             "exaone4",
             {"sliding_window": 8, "layer_types": KINDS},
-            "sliding_window: llama.cpp's exaone4 has 4096 in three",
+            "sliding_window: llama.cpp's exaone4 has a window of 4096 in three",
         ),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers: llama.cpp's smollm3 rotates in all .* fourth"),
-        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias, mlp_bias: llama.cpp's seed_oss has none"),
+        ("seed_oss", {"attention_out_bias": True}, "mlp_bias: llama.cpp's seed_oss has no such biases"),
     ],
 )
 def test_what_the_graph_of_a_family_does_not_have_is_refused(
@@ -460,7 +460,9 @@ def test_a_family_that_llama_cpp_does_not_have_is_refused_in_one_line(
         assert not out.exists()
 
 
-@pytest.mark.parametrize(("variant", "reason"), [("dora", "not support DoRA"), ("bias", "has no trained biases")])
+@pytest.mark.parametrize(
+    ("variant", "reason"), [("dora", "not support DoRA"), ("bias", "cannot store the trained bias")]
+)
 def test_adapters_of_more_than_two_factors_are_refused(variant: str, reason: str, made: Any, tmp_path: Path) -> None:
     kinds: dict[str, dict[str, Any]] = {"dora": {"dora": True}, "bias": {"bias": "lora_only"}}
     opened, _ = made("qwen2", lora=LoRAConfig(rank=4, alpha=6.0, **kinds[variant]))
@@ -486,7 +488,7 @@ def test_a_disk_without_room_is_noticed_before_the_work(
     size = write(made("llama"), tmp_path / "whole.gguf").stat().st_size
     disk = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=size // 2))
-    with pytest.raises(UserError, match=r"--out: needs .* GB are free there: make room"):
+    with pytest.raises(UserError, match=r"--out: needs .* GB are free: free disk space"):
         write(made("llama"), tmp_path / "again.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["whole.gguf"]
 
@@ -575,7 +577,7 @@ def test_without_llama_cpp_the_export_says_how_to_get_a_perplexity(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    for run, reason in {"lora": "pip install llama-cpp-python", "base": "there is no run with held-out"}.items():
+    for run, reason in {"lora": "pip install llama-cpp-python", "base": "it needs a run with held-out"}.items():
         assert run_merge(runs / run, "--out", tmp_path / run, "--format", "gguf") == 0
         assert f"perplexity in llama.cpp: not measured: {reason}" in capsys.readouterr().out
         assert "perplexity" not in json.loads((tmp_path / run / "parity.json").read_text())
@@ -592,7 +594,7 @@ def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("run", "arguments", "reason"),
     [
-        ("lora", ["--dtype", "q8_0"], "--dtype: q8_0: only --format gguf has it"),
+        ("lora", ["--dtype", "q8_0"], "--dtype: q8_0: for --format gguf only"),
         ("lora", ["--format", "gguf-lora", "--dtype", "q4_0"], "--dtype: q4_0: adapters are not quantized"),
         ("lora", ["--format", "gguf", "--base", "nf4"], "was trained on the original weights: remove --base"),
         ("full", ["--format", "gguf-lora"], "this run trained every parameter"),

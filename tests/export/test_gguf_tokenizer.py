@@ -208,7 +208,7 @@ def test_a_space_before_the_first_word_only_is_none_where_chats_open_with_a_cont
     assert text.startswith("<s>[INST]")
     assert ids_of(llama, text) == chat.tokenizer.encode(text, add_special_tokens=False).ids
     save(tmp_path / "other", STYLES["zephyr"], tokenizer_json=byte_fallback())
-    with pytest.raises(UserError, match="a space before the first word only, and its chats begin with text"):
+    with pytest.raises(UserError, match="a space before the first word only, but its chats begin with text"):
         read_vocabulary(ChatTokenizer.from_directory(tmp_path / "other"), 1000)
 
 

@@ -159,11 +159,9 @@ def test_the_code_in_the_card_answers_with_the_export(
     ],
 )
 def test_the_card_has_the_commands_of_its_export_and_the_figures_of_the_report(
-    form: str, source: str, commands: list[str], runs: Path, tmp_path: Path, serve_hub: Callable[[Any], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    serve_hub(receiver())
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    form: str, source: str, commands: list[str], runs: Path, tmp_path: Path, receive: Callable[..., type[Receiver]]
+) -> None:
+    receive()
     assert run_merge(runs / source, "--out", tmp_path / "out", "--format", form, "--push", "me/model") == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert code_of(text, "sh").replace(str(runs / "base"), "BASE").splitlines() == commands
@@ -228,17 +226,23 @@ class Receiver(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def receiver(refuses: str = "", status: int = 403) -> type[Receiver]:
-    return type("Own", (Receiver,), {"posted": [], "tokens": set(), "refuses": refuses, "status": status})
+@pytest.fixture
+def receive(serve_hub: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> Callable[..., type[Receiver]]:
+    """A Hub that receives, or refuses one kind of request, and a token for it."""
+
+    def start(refuses: str = "", status: int = 403) -> type[Receiver]:
+        handler = type("Own", (Receiver,), {"posted": [], "tokens": set(), "refuses": refuses, "status": status})
+        serve_hub(handler)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        return handler
+
+    return start
 
 
 def test_a_push_uploads_every_file_once_it_is_proven(
-    runs: Path, tmp_path: Path, serve_hub: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    handler = receiver()
-    serve_hub(handler)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    runs: Path, tmp_path: Path, receive: Callable[..., type[Receiver]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = receive()
     out = tmp_path / "out"
     assert run_merge(runs / "lora", "--out", out, "--push", "me/model") == 0
     said = capsys.readouterr()
@@ -260,11 +264,10 @@ def test_a_push_uploads_every_file_once_it_is_proven(
     [("/create", 401), ("/create", 403), ("/commit/", 403), ("/commit/", 404), ("/preupload/", 500)],
 )
 def test_a_push_that_is_refused_keeps_the_result_and_the_token_to_itself(
-    refuses: str, status: int, runs: Path, tmp_path: Path, serve_hub: Callable[[Any], None],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    refuses: str, status: int, runs: Path, tmp_path: Path, receive: Callable[..., type[Receiver]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    serve_hub(receiver(refuses, status))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    receive(refuses, status)
     assert run_merge(runs / "lora", "--out", tmp_path / "out", "--push", "me/model") == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: --push: me/model: ")
@@ -282,12 +285,9 @@ def is_private(created: dict[str, Any]) -> bool:
 
 
 def test_a_gguf_directory_is_pushed_and_a_public_repository_must_be_asked_for(
-    runs: Path, tmp_path: Path, serve_hub: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    handler = receiver()
-    serve_hub(handler)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    runs: Path, tmp_path: Path, receive: Callable[..., type[Receiver]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = receive()
     pushed = ["--format", "gguf-lora", "--push", "me/model", "--no-private"]
     assert run_merge(runs / "lora", "--out", tmp_path / "out.gguf", *pushed) == 2
     assert f"--push: uploads directories: write --out {tmp_path}/out\n" in capsys.readouterr().err
@@ -296,9 +296,10 @@ def test_a_gguf_directory_is_pushed_and_a_public_repository_must_be_asked_for(
     assert not is_private(created)
 
 
-def test_nothing_is_sent_unless_it_is_asked_for(runs: Path, tmp_path: Path, serve_hub: Callable[[Any], None]) -> None:
-    handler = receiver()
-    serve_hub(handler)
+def test_nothing_is_sent_unless_it_is_asked_for(
+    runs: Path, tmp_path: Path, receive: Callable[..., type[Receiver]]
+) -> None:
+    handler = receive()
     assert run_merge(runs / "lora", "--out", tmp_path / "out") == 0
     assert handler.posted == []
 

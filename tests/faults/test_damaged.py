@@ -59,7 +59,7 @@ def test_the_run_goes_on_from_the_checkpoint_before(
         what = damage(path, chance)
         done = scene.run(directory, "training.save_steps=1", "training.keep_checkpoints=100")
         assert (done.code, done.err) == (0, ""), what
-        assert "going back to an earlier checkpoint" in done.out, what
+        assert "using an earlier checkpoint" in done.out, what
         assert f"{path}: " in done.out
         assert f"resuming  after step {STEPS - 1}" in done.out
         scene.check_result(directory)
@@ -73,7 +73,7 @@ def test_several_damaged_ones_are_all_told(scene: Scene, every_checkpoint: Path,
         damage(directory / "checkpoints" / f"step-{step:06d}" / "optimizer.safetensors", chance)
     done = scene.run(directory, "training.save_steps=1", "training.keep_checkpoints=100")
     assert done.code == 0
-    assert done.out.count("going back to an earlier checkpoint") == STEPS - 2
+    assert done.out.count("using an earlier checkpoint") == STEPS - 2
     assert "resuming  after step 2" in done.out
     scene.check_result(directory)
 
@@ -85,4 +85,4 @@ def test_nothing_is_whole(scene: Scene, every_checkpoint: Path, tmp_path: Path) 
         (path / "adapter.safetensors").unlink()
     done = scene.run(directory, "training.save_steps=1", "training.keep_checkpoints=100")
     assert done.code == 2
-    assert "no other checkpoint is valid: start anew" in done.err
+    assert "no other checkpoint is valid: start a new run" in done.err

@@ -312,7 +312,7 @@ def test_a_terminal_has_prompt_signs_and_ctrl_c_does_not_end_the_program(directo
         terminal.type("/nonsense")
         assert "/nonsense: unknown command" in terminal.until("> ")
         terminal.type("/base")
-        assert "there is no adapter to switch off" in terminal.until("> ")
+        assert "there is no adapter to disable" in terminal.until("> ")
         terminal.type("")  # an empty line ends nothing here
         terminal.until("> ")
         terminal.type("hello")

@@ -378,7 +378,7 @@ REFUSING = "{{ raise_exception('first line\\nsecond line') }}"
         (["MODEL", "--repetition-penalty", "0"], "--repetition-penalty: 0.0 is out of range"),
         (["MODEL", "--seed", "-3"], "--seed: -3 is out of range"),
         (["MODEL", "--top-p", "0.9"], "--top-p: no effect at temperature 0: add --temperature 0.7"),
-        (["MODEL", "--compare"], "has no adapter to switch off"),
+        (["MODEL", "--compare"], "has no adapter to disable"),
         (["MODEL", "--system", "\udcff"], "--system: not UTF-8"),
         (["MODEL", "--system", "S"], "the chat template refuses these messages: first line second line"),
     ],
@@ -401,7 +401,7 @@ def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     make_reference("mistral", tmp_path)
     done = run([str(tmp_path), "--prompt", "hi"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path}/tokenizer.json: no such file: a model needs its tokenizer.json\n"
+    assert done.stderr == f"error: {tmp_path}/tokenizer.json: no such file: copy the model's tokenizer.json there\n"
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:

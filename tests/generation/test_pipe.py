@@ -129,7 +129,7 @@ MISTAKES = {
     b"[]\n": "stdin:2: messages is not a list of turns",
     b'[{"role": "user"}]\n': "stdin:2: messages: ",
     b'[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]\n': "the last one is an answer",
-    b'{"prompt": "a", "answer": "b"}\n': "stdin:2: answer: is a field of the output: rename it",
+    b'{"prompt": "a", "answer": "b"}\n': "stdin:2: answer: reserved for the output: rename the field",
     b'{"prompt": "a", "tools": 5}\n': "stdin:2: tools: expected a list of functions with names",
     b'{"prompt": "a", "tools": [{"name": "f"}]}\n': "stdin:2: the chat template omits tools: remove them",
     b"\xff\n": "stdin:2: not UTF-8",

@@ -235,7 +235,7 @@ def test_without_sigalrm_in_a_thread_it_says_so_once_and_still_works() -> None:
     thread.join()
     assert result[0] == [[1.0, 1.0]]
     (line,) = result[1]
-    assert line.startswith("warning: rl.reward_timeout: has no effect here")
+    assert line.startswith("warning: rl.reward_timeout: no effect here")
     assert rewards("exact_match")[1] == []
 
 
@@ -263,7 +263,7 @@ def test_a_name_that_is_none_is_one_line(name: str, fragments: list[str]) -> Non
 
 def test_a_file_of_data_may_not_name_a_function(own: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"rl:\n  reward: ['exact_match', '{own}:right']\n")
-    with pytest.raises(UserError, match=f"rl.reward: {own}:right: would run code, which only a Python config may"):
+    with pytest.raises(UserError, match=f"rl.reward: {own}:right: a data file must not name code to run"):
         load_config(tmp_path / "run.yaml", [], {})
     (tmp_path / "run.yaml").write_text("rl:\n  reward: ['exact_match']\n")
     assert load_config(tmp_path / "run.yaml", [f"rl.reward={own}:right"], {}).rl.reward == (f"{own}:right",)

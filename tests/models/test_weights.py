@@ -680,7 +680,7 @@ def flip_weights(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_weights, "adapter.safetensors: its content is not what was saved: remove .*best.json"),
+        (flip_weights, "adapter.safetensors: its content differs from what was saved: remove .*best.json"),
         (lambda run: shutil.rmtree(run / "checkpoints" / "step-000004"), "step-000004.*remove .*best.json"),
         (lambda run: (run / "best.json").write_text('{"checkpoint": "../../base"}'), "checkpoints/base.*remove .*best"),
         (lambda run: (run / "best.json").write_text("[]"), "best.json: expected a JSON object"),

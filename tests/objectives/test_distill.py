@@ -179,7 +179,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(base: Path, tmp_path: Path) 
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = Config().override(distill={"teacher": str(tmp_path / "other")}, model={"name": str(base)})
     model, adapters = student_of(base, config)
-    with pytest.raises(UserError, match=r"^distill.teacher: .*other: has another vocabulary than .*base"):
+    with pytest.raises(UserError, match=r"^distill.teacher: .*other: its vocabulary differs from .*base"):
         distill(config, adapters, base).begin(model)
 
 

@@ -300,7 +300,7 @@ def test_a_step_in_which_every_reward_failed_ends_the_run(directory: Path) -> No
     found = [replace(answer, reward=NAN) for answer in random_rollouts()]
     model, adapters = policy_model(directory, config := settings_of())
     objective = given(config, adapters, found)
-    with pytest.raises(UserError, match=r"^rl\.reward: exact_match: failed on every answer of a step"):
+    with pytest.raises(UserError, match=r"^rl\.reward: exact_match: failed for every answer of a step"):
         objective.windows(model, prompt_window(found), 4)
     last = [*found[:-1], replace(found[-1], reward=1.0)]  # one is enough
     assert given(config, adapters, last).windows(model, prompt_window(last), 4)

@@ -339,7 +339,7 @@ def test_plan_and_rehearsal(objective: str, words: list[str], root: Path, tmp_pa
 def test_dropout_is_off_with_a_warning(root: Path, tmp_path: Path, capsys: Capture) -> None:
     for name, dropout in (("with", 0.5), ("without", 0.0)):
         assert train.main(on(root, tmp_path / name, "dpo", **SHORT, lora__dropout=dropout)) == 0
-        warned = "warning: lora.dropout: off with training.objective=dpo" in capsys.readouterr().out
+        warned = "warning: lora.dropout: disabled with training.objective=dpo" in capsys.readouterr().out
         assert warned == (dropout > 0)
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     assert json.loads((tmp_path / "with" / "config.json").read_text())["lora"]["dropout"] == 0.0

@@ -353,7 +353,7 @@ def test_a_merged_reward_model_can_be_trained_further_as_one_only(
         (["merge", "--format", "mlx"], "score"),
         (["merge", "--verify"], "--verify"),
         (["merge", "--only", "attention"], "--only"),
-        (["chat", "--prompt", "Hi"], "writes no answers"),
+        (["chat", "--prompt", "Hi"], "generates no answers"),
         (["eval", "--compare-base"], "--compare-base"),
         (["eval", "--quantization"], "--quantization"),
     ],

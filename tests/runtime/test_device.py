@@ -189,7 +189,7 @@ def test_auto_says_what_it_takes_and_trains(tmp_path: Path, capsys: pytest.Captu
     own = [f"model.name={tmp_path / 'base'}", f"data.train_file={write_records(tmp_path / 'data.jsonl')}"]
     few = ["training.max_steps=1", "evaluation.prompts=2", "model.max_seq_length=256", "system.device=cpu"]
     assert train.main(["auto", *own, *few, f"output.dir={tmp_path / 'run'}"]) == 0
-    assert capsys.readouterr().out.startswith("auto      configs/cpu.py, because this is CPU, ")
+    assert capsys.readouterr().out.startswith("auto      configs/cpu.py, chosen for CPU, ")
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded["model"]["name"] == str(tmp_path / "base")
     assert recorded["training"]["gradient_accumulation_steps"] == 8  # that of configs/cpu.py

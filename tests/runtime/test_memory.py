@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from nanoft.runtime import memory
+from nanoft.runtime import cores, memory
 from nanoft.runtime.memory import (
     MemoryMonitor,
     MemoryReading,
@@ -78,8 +78,8 @@ def cgroup(root: Path, path: str, **values: str) -> None:
 
 
 def test_the_limits_of_every_cgroup_above_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
-    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "cgroup")
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "cgroup")
     assert list(cgroup_limits()) == []  # not Linux
     (tmp_path / "cgroup").write_text("0::/slurm/job_7/step\n")
     statistic = "anon 5\ninactive_file 300\nactive_file 7\n"
@@ -106,8 +106,8 @@ def test_the_cgroups_of_this_machine_are_read() -> None:
 
 def test_memory_is_warned_of_at_each_level_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process holds is real; what it may have is a cgroup's."""
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
-    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "cgroup")
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "cgroup")
     (tmp_path / "cgroup").write_text("0::/\n")
     watch = MemoryMonitor(CPU, every_s=0)
     held = psutil.Process().memory_info().rss

@@ -172,7 +172,7 @@ def test_following_a_run_that_nobody_works_on_ends(tmp_path: Path, capsys: pytes
         assert thread.is_alive()  # somebody does
     thread.join(10)
     assert not thread.is_alive()
-    assert "stopped before it was done" in capsys.readouterr().out
+    assert "stopped before its end" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])

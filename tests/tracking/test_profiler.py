@@ -103,7 +103,7 @@ def test_a_run_too_short_for_a_profile_says_so(tmp_path: Path) -> None:
     looking, _, said = make(tmp_path, system__profile=True)
     with looking:
         looking.step(1, [], 1.0)
-    assert said == ["profile   empty: recording starts after 3 steps, and the run had fewer"]
+    assert said == ["profile   empty: recording starts after 3 steps, but the run had fewer"]
 
 
 def test_a_profile_that_the_disk_refuses_is_an_event(tmp_path: Path) -> None:

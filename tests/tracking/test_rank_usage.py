@@ -297,5 +297,5 @@ def test_the_demo_reports_its_adapters(tmp_path: Path, capsys: pytest.CaptureFix
     assert all(row[-1].strip() == "no advice" for row in rows[2:])
     said = capsys.readouterr().out.splitlines()
     where = next(n for n, line in enumerate(said) if line.startswith("adapters  effective rank "))
-    assert said[where + 1] == f"advice    no advice: 3 steps are not enough evidence, {MIN_STEPS} are needed"
+    assert said[where + 1] == f"advice    no advice: 3 steps are not enough evidence; {MIN_STEPS} are needed"
     assert said[where - 1] == said[where + 2] == ""

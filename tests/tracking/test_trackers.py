@@ -109,7 +109,8 @@ ALL = {"wandb", "tensorboard", "trackio", "matplotlib"}
         ("none", ALL, [Plots]),
         ("none", ALL - {"matplotlib"}, []),  # a chart in the terminal instead
         ("wandb", ALL, [Plots, WandB]),
-        ("auto", ALL, [Plots, WandB]),
+        ("auto", ALL, [Plots, TensorBoard]),
+        ("auto", {"wandb"}, []),  # only if it is named
         ("auto", {"tensorboard", "trackio"}, [TensorBoard]),
         ("auto", {"trackio"}, [Trackio]),
         ("auto", set(), []),

@@ -36,7 +36,7 @@ def test_a_best_checkpoint_that_was_damaged_is_told_and_the_last_one_taken(
 
     monkeypatch.setattr(train, "finalize", damaging)
     assert train.main(quick(tmp_path / "run", **patience)) == 0
-    assert "the result is not the best checkpoint, but the last" in capsys.readouterr().out
+    assert "the result is the last checkpoint, not the best" in capsys.readouterr().out
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-000008" / "adapter.safetensors")
     assert equal(result(tmp_path / "run"), saved)
 

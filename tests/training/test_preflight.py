@@ -95,7 +95,7 @@ def test_a_model_that_has_no_room_is_refused_before_its_weights_are_looked_for(
     assert train.main(arguments) == 2
     error = capsys.readouterr().err
     assert re.match(
-        r"error: preflight: room: the model alone takes [\d.]+ GB at least, and [\d.]+ GB are available", error
+        r"error: preflight: room: the model alone takes at least [\d.]+ GB, and [\d.]+ GB are available", error
     )
     assert ": set quantization.bits=4 (saves about " in error
     assert error.endswith("(or --force room)\n")
@@ -206,7 +206,8 @@ def test_in_how_many_pairs_the_chosen_answer_is_the_likelier_one(
     ((right, count),) = seen
     assert 0 < right < count == 30
     out = capsys.readouterr().out
-    assert re.search(rf"preflight pairs +ok +the chosen answer is the likelier one in {right} of {count},", out)
+    said = rf"before training, the chosen answer is more\s+likely in {right} of {count} pairs"
+    assert re.search(rf"preflight pairs +ok +{said}", out)
 
 
 def test_preflight_alone_trains_nothing_and_shows_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -316,7 +316,7 @@ def test_chosen_answers_that_fall_with_the_rejected_are_warned_of_where_there_is
     [
         ({}, ""),
         ({"entropy": 0.19}, "answers lose their variety (1.000 -> 0.190 nats per token)"),
-        ({"completion_tokens": 41.0, "stop_rate": 0.8}, "answers grow (20 -> 41 tokens) and end less often"),
+        ({"completion_tokens": 41.0, "stop_rate": 0.8}, "answers grow (20 -> 41 tokens) and stop less often"),
         ({"completion_tokens": 41.0}, ""),  # longer, and they still end
         ({"sampling_error": 0.06}, "sampling and training differ by 0.060 nats per token"),
     ],

@@ -96,8 +96,8 @@ def test_what_rollbacks_do_not_help_ends_with_3_and_a_diagnosis(
     changes = {"training__learning_rate": 1.0, "training__max_steps": 20, "guard__max_rollbacks": allowed}
     assert train.main(quick(tmp_path / "run", **changes, guard__rollback_rate=1.0)) == 3
     captured = capsys.readouterr()
-    assert captured.err.startswith("failed: 5 windows in a row could not be used after step")
-    assert f"{allowed} rollbacks did not help: the " in captured.err
+    assert captured.err.startswith("failed: 5 consecutive windows failed after step")
+    assert f"even after {allowed} rollbacks: the " in captured.err
     assert "lower training.learning_rate (1)" in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out.count("warning: rolled back from step") == allowed
@@ -108,7 +108,7 @@ def test_no_rollback_may_be_allowed(tmp_path: Path, monkeypatch: Patch, capsys: 
     in_the_loop(monkeypatch, "accumulate", nan_in(3, 4))
     assert train.main(quick(tmp_path / "run", guard__max_skips=2, guard__max_rollbacks=0)) == 3
     captured = capsys.readouterr()
-    assert captured.err.startswith("failed: 2 windows in a row could not be used after step 2, and 0 rollbacks did not")
+    assert captured.err.startswith("failed: 2 consecutive windows failed after step 2, even after 0 rollbacks")
     assert "rolled back" not in captured.out
 
 
@@ -324,7 +324,7 @@ def test_going_back_with_nothing_to_go_back_to_ends_with_3(tmp_path: Path, monke
     refuse_saves(monkeypatch, 0)
     in_the_loop(monkeypatch, "accumulate", nan_in(1, 2))
     assert train.main(quick(tmp_path / "run", guard__max_skips=2)) == 3
-    assert "no checkpoint could be saved before" in capsys.readouterr().err
+    assert "there is no earlier checkpoint" in capsys.readouterr().err
 
 
 # --- memory is watched
