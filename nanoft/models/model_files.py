@@ -39,7 +39,7 @@ SPELLINGS = [
     (OUTER + r"(?=(?:layers\.\d+|embed_tokens\w*|embed_positions|norm|per_layer_\w+)\.)", "model."),
 ]
 # Of a wrapper besides text: never loaded.
-TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio|vision_embedder)\."
+TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
 # A directory or repository without a model's files: a file in it -> what it is, and what to name instead.
 INSTEAD = {
     "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "

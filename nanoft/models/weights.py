@@ -119,7 +119,9 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
     faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
     tied = model.config.tied
     masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *FP8_UNUSED)
+    shared = [f"model.layers.{layer}.self_attn" for layer, own in enumerate(model.config.layers) if "source" in own]
+    unused = [f"{place}.{part}.weight" for place in shared for part in ("k_proj", "v_proj", "k_norm")]
+    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *FP8_UNUSED, *unused)
     for name, header in headers.items():
         if name in expected:
             forms, wanted = expected[name]
