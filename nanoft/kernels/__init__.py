@@ -80,6 +80,7 @@ def compile_blocks(model: Any) -> None:
     With a full memory budget the compiler keeps them: 145 KiB per token and layer of Mistral-7B instead of 93.
     """
     torch._functorch.config.activation_memory_budget = 0.8
+    torch._dynamo.config.recompile_limit = 8 + 2 * len(model.model.layers)  # blocks that share tensors differ in names
     for block in model.model.layers:
         block.compile()
 

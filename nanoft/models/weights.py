@@ -196,6 +196,8 @@ def initialize(model: Decoder, seed: int) -> None:
 def grow_vocabulary(model: Decoder, size: int) -> None:
     """Append rows to the embedding and the head, each the mean of the old rows, up to `size` tokens."""
     more = max(0, size - model.config.vocab_size)
+    if more and model.config.per_layer_size:
+        raise UserError(f"model.add_tokens: {model.config.family} has per-layer embeddings, to which none can be added")
     model.config = replace(model.config, vocab_size=model.config.vocab_size + more)
     for module in [model.model.embed_tokens] + ([] if model.lm_head is None else [model.lm_head]) if more else []:
         mean = module.weight.float().mean(0, keepdim=True).to(module.weight.dtype)
