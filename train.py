@@ -62,7 +62,8 @@ from nanoft.tracking.run import Run
 from nanoft.training import progress, recovery, self_test, setup
 from nanoft.training.doctor import validate_environment
 from nanoft.training.finalize import STOPPED_BY_SIGNAL, finalize
-from nanoft.training.memory_plan import Planner, explained_out_of_memory, show_plan
+from nanoft.training.memory_plan import Planner, explained_out_of_memory
+from nanoft.training.plan import show_plan
 from nanoft.training.preflight import preflight, require_room
 from nanoft.training.setup import Provenance
 from nanoft.training.state import TrainContext, TrainState, restore

@@ -24,7 +24,7 @@ from nanoft.batches import Batches, Sample, TokenDataset, collate
 from nanoft.config import DataConfig, LoRAConfig, TrainingConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
-from nanoft.kernels import compile_blocks, fused
+from nanoft.kernels import fused
 from nanoft.lora import inject_lora
 from nanoft.loss import token_nll
 from nanoft.model import Decoder
@@ -258,7 +258,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     warning = kernels.apply(model)
     assert not warning, warning  # the reference path is not what is measured
     if args.compile:
-        compile_blocks(model)
+        kernels.compile_blocks(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(trained, TrainingConfig(learning_rate=LEARNING_RATE))
     model.train()

@@ -1,4 +1,4 @@
-"""A GPU with 8 GB: Gemma 3 4B (instruction-tuned, the text of it) with QLoRA, 2048 tokens.
+"""A GPU with 8 GB: Gemma 3 4B (instruction-tuned, text only) with QLoRA, 2048 tokens.
 
 For whoever wants many languages on a small card; the terms of the model must be accepted on the Hub. Planned, not
 measured: 7.1 GB, 4.3 GB with every block recomputed, 19.1 GFLOP per token. Change first: `data.train_file`.

@@ -3,7 +3,7 @@
 For whoever has a laptop or a small card, perhaps with a screen on it. Planned, not measured: 7.1 GB with as few blocks
 recomputed as needed, 3.2 GB with every block recomputed, 13.4 GFLOP per token. Change first: `data.train_file`;
 `training.checkpointing=full` if other programs use the card; 7 billion parameters (configs/gpu_12gb.py) fit too, if no
-screen uses the card.
+screen is connected to the card.
 """
 
 from nanoft.config import load_file

@@ -1,4 +1,4 @@
-"""GRPO of Mistral-7B-Instruct-v0.3 with LoRA on one GPU with 80 GB: rewards for right answers to word problems.
+"""GRPO of Mistral-7B-Instruct-v0.3 with LoRA on one GPU with 80 GB: rewards for right answers to math word problems.
 
 For whoever can check answers but has none to show. Records need a question and an answer, such as those of GSM8K
 ({"question", "answer"}: the number after `####` counts), or a prompt and whatever your own reward reads. Planned, not

@@ -20,7 +20,7 @@ config = c.Config(
     training=c.TrainingConfig(
         micro_batch_size=4,
         gradient_accumulation_steps=4,
-        # auto: nothing is recomputed, because all activations fit; full: every block, for half as much work again
+        # auto: nothing is recomputed, because all activations fit; full: every block, for 50 % more work
         checkpointing="auto",
         num_epochs=3,
         optimizer="adamw_paged",

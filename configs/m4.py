@@ -13,7 +13,7 @@ from nanoft.config import load_file
 # training, for 3 epochs are 1.35 million tokens: 1,350,000 / 250 = 5,400 s, at least 1.5 hours.
 config = load_file("gpu_12gb.py", beside=__file__).override(
     model={"dtype": "bfloat16"},
-    # checkpointing stays auto: the activations of 2 x 2,048 tokens fit, and full adds half as much work
+    # checkpointing stays auto: the activations of 2 x 2,048 tokens fit, and full adds 50 % more work
     training={"micro_batch_size": 2, "gradient_accumulation_steps": 8, "optimizer": "adamw"},
     system={"device": "mps", "memory_gb": 22.9},
 )

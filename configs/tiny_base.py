@@ -1,7 +1,7 @@
 """The base model of the demo, from random weights: a small Mistral for the language of configs/tiny/language.py.
 
-For whoever wants to see pre-training, or to rebuild what configs/tiny.py starts from: every parameter, on plain text.
-`python configs/tiny/language.py build` writes the corpus, runs this config and puts the result in place.
+For whoever wants to see pre-training, or to rebuild the base of configs/tiny.py: every parameter is trained,
+on plain text. `python configs/tiny/language.py build` writes the corpus, runs this config and puts the result in place.
 """
 
 from pathlib import Path

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoft.blocks.recurrence import Kept, Recurrence
+
 
 class AttentionLayer(Protocol):
     """What a context needs to know about the layer that calls it."""
@@ -28,6 +30,7 @@ class AttentionLayer(Protocol):
     source: int  # the block whose keys and values it attends to: selects its part of a cache
     rope: int | None  # index of its rotation; None: no rotation
     scores: Scores
+    sinks: Tensor | None  # logits of the term that adds to no value, (h,)
 
 
 class Scores(NamedTuple):
@@ -36,6 +39,7 @@ class Scores(NamedTuple):
     scale: float  # usually 1 / sqrt(d)
     window: int | None = None  # number of last positions that a query sees, including its own; None: all
     cap: float | None = None  # scores s become cap tanh(s / cap)
+    sinks: bool = False  # the softmax has one more term for each head, which adds to no value
 
 
 class Rotation(NamedTuple):
@@ -58,7 +62,7 @@ class Documents:
     bounds: Tensor  # (documents + 1,) int32, on the model's device: 0, and the end of each document
 
 
-class SequenceContext:
+class SequenceContext(Recurrence):
     """What the layers of one forward pass share: the rotation of each position, and which positions it sees."""
 
     def __init__(self, rotations: Sequence[Rotation], documents: Documents | None = None):
@@ -80,7 +84,7 @@ class SequenceContext:
         window = layer.scores.window
         if window not in self._masks:  # once for all layers with this window
             self._masks[window] = causal_mask(q.shape[0], q.shape[1], q.device, window, self.documents)
-        return attention(q, k, v, self._masks[window], layer.scores)
+        return attention(q, k, v, self._masks[window], layer.scores, layer.sinks)
 
 
 class CacheContext(SequenceContext):
@@ -93,15 +97,16 @@ class CacheContext(SequenceContext):
     def __init__(
         self,
         tables: tuple[Sequence[Rotation], Tensor],  # from `tables`
-        keys: list[Tensor],  # of each layer, (b, g, slots, d), like values; the new ones are written into them
-        values: list[Tensor],
+        keys: dict[int, Tensor],  # by layer, (b, g, slots, d), like values; the new ones are written into them
+        values: dict[int, Tensor],
         slot: int,  # of the new positions
         full: int,  # the first slot that is not empty in any sequence
+        kept: Kept | None = None,  # of layers without attention
     ):
         rotations, self.filled = tables
         here = slice(slot, slot + 1)
         super().__init__([r.at(here) for r in rotations])
-        self.keys, self.values, self.slot, self.full = keys, values, slot, full
+        self.keys, self.values, self.slot, self.full, self.kept = keys, values, slot, full, kept
 
     @classmethod
     def tables(cls, rotations: Sequence[Rotation], filled: Tensor) -> tuple[Sequence[Rotation], Tensor]:
@@ -111,7 +116,7 @@ class CacheContext(SequenceContext):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         keys, values, seen = self.write(k, v, layer)
         mask = self.filled[..., seen]
-        return attention(q, keys.transpose(1, 2), values.transpose(1, 2), mask, layer.scores)
+        return attention(q, keys.transpose(1, 2), values.transpose(1, 2), mask, layer.scores, layer.sinks)
 
     def write(self, k: Tensor, v: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor, slice]:
         """Write k and v, (b, 1, g, d), into the cache; return all visible ones, (b, g, k, d), and their slots."""
@@ -136,19 +141,23 @@ def causal_mask(
     return seen & (document[..., :, None] == document[..., None, :])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores, sinks: Tensor | None = None) -> Tensor:
     """softmax(scale q k^T) v (Vaswani et al. 2017, eq. 1), (b, q, h, d).
 
     q is (b, q, h, d), k and v are (b, k, g, d), where h / g query heads share a key head (Ainslie et al. 2023); mask,
-    (b or 1, 1, q, k) bool, says whether a query sees a key. PyTorch's kernels do not support a cap of the scores.
+    (b or 1, 1, q, k) bool, says whether a query sees a key. PyTorch's kernels do not support a cap of the scores, or
+    sinks, (h,): exp(s_j) / (sum_k exp(s_k) + exp(sink)) (Xiao et al. 2023, eq. 2).
     """
-    scale, _, cap = scores
+    scale, _, cap, _ = scores
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, positions, d)
-    if cap is None:
+    if cap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
     k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-    capped = soft_cap(scale * (q @ k.transpose(2, 3)), cap).masked_fill(~mask, -torch.inf)
-    return (capped.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v).transpose(1, 2)
+    s = soft_cap(scale * (q @ k.transpose(2, 3)), cap).masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        s = torch.cat((s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)), dim=-1)
+    p = s.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return (p[..., : k.shape[2]] @ v).transpose(1, 2)
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

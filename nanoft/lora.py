@@ -27,6 +27,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 import torch
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
+from nanoft.blocks.moe import Router
 from nanoft.blocks.trained import PACKED, Adapter, TrainedCopy, TrainedRows, copied_modules, is_linear, token_rows
 from nanoft.config import LoRAConfig
 from nanoft.io.untrusted import time_limit
@@ -276,10 +278,13 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adap
     model.requires_grad_(False)
     generator, modules = torch.Generator().manual_seed(seed), list(targets_of(model))
     with time_limit(MATCHING_SECONDS, "lora.target_modules, lora.rank_pattern, lora.alpha_pattern"):
-        targets = [name for name in modules if any(matches_target(name, target) for target in lora.target_modules)]
+        whole = {*modules} & {*lora.target_modules}  # names of files with experts are many thousands
+        parts = [target for target in lora.target_modules if target not in whole]
+        targets = [name for name in modules if name in whole or any(matches_target(name, part) for part in parts)]
         copies = copied_modules(model, lora, set(targets))
         low_rank = [name for name in targets if "weight" not in copies.get(name, ())]
-        if unused := next((t for t in lora.target_modules if not any(matches_target(n, t) for n in low_rank)), None):
+        unmatched = (t for t in parts if not any(matches_target(name, t) for name in low_rank))
+        if unused := next(chain(sorted(whole - {*low_rank}), unmatched), None):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))
             raise UserError(
                 f"lora.target_modules: {unused!r} matches no linear of this model, which has {known} "
@@ -323,8 +328,9 @@ def _settings_by_name(names: list[str], lora: LoRAConfig) -> dict[str, LoRAConfi
 
 
 def linears_of(model: nn.Module) -> dict[str, Frozen]:
-    """Every linear but the head."""
-    return {name: m for name, m in targets_of(model).items() if matches_target(name, "all-linear")}
+    """Every linear of the blocks but the routers of experts."""
+    found = targets_of(model).items()
+    return {name: m for name, m in found if matches_target(name, "all-linear") and not isinstance(m, Router)}
 
 
 def targets_of(model: nn.Module) -> dict[str, Any]:
@@ -338,7 +344,7 @@ def targets_of(model: nn.Module) -> dict[str, Any]:
 def matches_target(name: str, target: str) -> bool:
     """Whether a target is a word of WORDS, the end of the name, or a regular expression that matches all of it."""
     if target in WORDS:
-        return re.search(WORDS[target], f".{name}") is not None
+        return bool(re.search(WORDS[target], f".{name}")) and not name.endswith(".router")  # adapted if named itself
     return name == target or name.endswith(f".{target}") or re.fullmatch(target, name) is not None
 
 

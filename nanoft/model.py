@@ -28,8 +28,11 @@ from torch import Tensor, nn
 
 from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
 from nanoft.blocks import per_layer
+from nanoft.blocks.deltanet import DeltaNetSizes, GatedDeltaNet
+from nanoft.blocks.moe import Experts, Routing
 from nanoft.blocks.norms import NORM_KINDS, RMSNorm
 from nanoft.blocks.rope import Rope, document_lengths
+from nanoft.blocks.short_conv import ShortConv
 from nanoft.blocks.trained import Adapter
 from nanoft.recompute import ActivationPolicy, run_block
 
@@ -56,7 +59,9 @@ class DecoderConfig:
     mlp_bias: bool = False
     qkv: str = "separate"  # linears; rows of one: q, then k, then v, "fused" (Phi-3), or so in each head, "interleaved"
     mlp: str = "gated"  # of MLP_INPUTS
+    routing: Routing | None = None  # of layers with experts
     activation: str = "silu"  # of ACTIVATIONS
+    mlp_limit: float | None = None  # c: g sigmoid(1.702 g) (1 + clamp(up, -c, c)), g = min(gate, c) (gpt-oss)
     norm: str = "rms"  # of NORM_KINDS
     norms: str = "input"  # of NORMS: of what a block computes with, or of what it adds to x, or both
     parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)): both halves see the same x (GPT-NeoX)
@@ -65,8 +70,10 @@ class DecoderConfig:
     v_norm: bool = False  # v / rms(v), without a weight (Gemma 4)
     keys_are_values: bool = False  # v is what k is before its norm and rotation (Gemma 4)
     source: int | None = None  # the earlier block whose keys and values a block attends to; None: it has its own
+    gated_attention: bool = False  # y sigmoid(gate); q_proj has the gate's rows after those of each head (Qwen3.5)
     attention_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
     attention_cap: float | None = None  # scores s become cap tanh(s / cap) (Gemma 2)
+    sinks: bool = False  # the softmax has one more term for each head, which adds to no value (gpt-oss)
     embedding_scale: float = 1.0  # x = scale * embedding[ids]
     positions: int = 0  # how many are learned: x = embedding[ids] + embedding'[positions] (GPT-2)
     residual_scale: float = 1.0  # x + scale * attention(norm(x)) (Granite)
@@ -76,6 +83,9 @@ class DecoderConfig:
     layer_scalar: bool = False  # a number times the output of each block (Gemma 4)
     # Of each block, the switches and sizes in which it differs from these.
     layers: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    mixers: tuple[str, ...] = ()  # of MIXERS, per layer; none: attention everywhere
+    conv_kernel: int = 0  # positions that a convolution sees, its own among them
+    delta: DeltaNetSizes | None = None  # of layers with the mixer "deltanet"
     wrapped: bool = False  # text is one tower of a larger model
 
     @property
@@ -97,14 +107,19 @@ class DecoderConfig:
         """The rope of the layers with the widest view."""
         return next(iter(self.distinct_ropes), Rope())
 
+    def mixer(self, layer: int) -> str:
+        return self.mixers[layer] if self.mixers else "attention"
+
     def make_norm(self, size: int) -> RMSNorm:
         return NORM_KINDS[self.norm](size, self.norm_eps, self.norm_offset)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 ACTIVATIONS["gelu_tanh"] = partial(F.gelu, approximate="tanh")
-# The linears of an MLP's input; "fused": gate and up are rows of one linear (Phi-3).
+# The linears of an MLP's input; "fused": gate and up are rows of one linear, gate first (Phi-3); "interleaved": they
+# alternate (gpt-oss).
 MLP_INPUTS = {"gated": ("gate_proj", "up_proj"), "fused": ("gate_up_proj",), "plain": ("up_proj",)}
+MLP_INPUTS["interleaved"] = MLP_INPUTS["fused"]
 # The norms of a block, by their names in files: before attention, after it, before the MLP, after it.
 NORMS: dict[str, tuple[str, str, str, str]] = {
     "input": ("input_layernorm", "", "post_attention_layernorm", ""),
@@ -128,12 +143,14 @@ class SelfAttention(nn.Module):
         self.gives = names if any(own.get("source") == layer for own in c.layers) else []
         self.rope = None if rope is None else c.distinct_ropes.index(rope)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        self.scores = Scores(scale, c.windows[layer], c.attention_cap)
+        self.scores = Scores(scale, c.windows[layer], c.attention_cap, c.sinks)
+        self.sinks: Tensor | None = nn.Parameter(torch.zeros(c.num_heads)) if c.sinks else None
         self.widths = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.num_kv_heads * c.head_dim]
         separate, self.interleaved = c.qkv == "separate", c.qkv == "interleaved"
         self.inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj") if separate else ("qkv_proj",)
+        self.gated, own = c.gated_attention, [self.widths[0] * (1 + c.gated_attention), *self.widths[1:]]
         self.inputs = self.inputs[: 1 if self.takes else 2 if c.keys_are_values else 3]
-        for name, width in zip(self.inputs, self.widths if separate else [sum(self.widths)], strict=False):
+        for name, width in zip(self.inputs, own if separate else [sum(self.widths)], strict=False):
             self.add_module(name, nn.Linear(c.hidden_size, width, bias=c.qkv_bias))
         self.o_proj = nn.Linear(self.widths[0], c.hidden_size, bias=c.o_bias)
         self.over_width = c.qk_norm == "width"
@@ -143,8 +160,9 @@ class SelfAttention(nn.Module):
         self.v_norm: Any = partial(F.rms_norm, normalized_shape=(c.head_dim,), eps=c.norm_eps) if c.v_norm else identity
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
-        q, k, v = self.heads([getattr(self, name)(x) for name in self.inputs], context)
-        return self.o_proj(context.attend(q, k, v, self).flatten(2))
+        projected = [getattr(self, name)(x) for name in self.inputs]
+        q, k, v = self.heads(projected, context)
+        return self.o_proj(self.gate(context.attend(q, k, v, self).flatten(2), projected[0]))
 
     def heads(self, projected: list[Tensor], context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         """Projections (b, q, heads * d), split into heads, normalized and rotated: (b, q, h or g, d)."""
@@ -157,6 +175,7 @@ class SelfAttention(nn.Module):
         norms = self.q_norm, self.k_norm, self.v_norm
         parts = [norm(part) for norm, part in zip(norms, parts, strict=False)] if self.over_width else parts
         parts = parts if self.interleaved else [part.unflatten(-1, (-1, self.head_dim)) for part in parts]
+        parts = [parts[0][:, :, ::2], *parts[1:]] if self.gated else parts  # between the heads are the gates
         parts = parts if self.over_width else [norm(part) for norm, part in zip(norms, parts, strict=False)]
         q, k, v = *parts, *(context.tensors[name] for name in self.takes)
         context.tensors.update(zip(self.gives, (k, v), strict=False))
@@ -164,19 +183,24 @@ class SelfAttention(nn.Module):
         dtype = projected[0].dtype  # under autocast a norm's float32 weight widens its input
         return q.to(dtype), k.to(dtype), v.to(dtype)
 
+    def gate(self, y: Tensor, projected: Tensor) -> Tensor:
+        """y sigmoid(gate), (b, q, h * d), if q's projection has a gate after each head (Qiu et al. 2025)."""
+        return y * projected.unflatten(-1, (-1, 2, self.head_dim))[..., 1, :].flatten(2).sigmoid() if self.gated else y
+
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (SwiGLU; with gelu GeGLU: Shazeer 2020), or without a gate down(gelu(up(x)))."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, width: int = 0):
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        width = width or config.intermediate_size
+        self.activation, self.limit = ACTIVATIONS[config.activation], config.mlp_limit
         self.inputs, self.is_plain = MLP_INPUTS[config.mlp], config.mlp == "plain"
-        width = 2 if config.mlp == "fused" else 1
+        self.interleaved = config.mlp == "interleaved"
         for name in self.inputs:
-            inner = nn.Linear(config.hidden_size, width * config.intermediate_size, bias=config.mlp_bias)
+            inner = nn.Linear(config.hidden_size, width * (3 - len(self.inputs) - self.is_plain), bias=config.mlp_bias)
             self.add_module(name, inner)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activate(*[getattr(self, name)(x) for name in self.inputs]))
@@ -185,7 +209,20 @@ class MLP(nn.Module):
         if self.is_plain:
             return self.activation(projected[0])
         gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+        if self.interleaved:
+            gate, up = projected[0][..., ::2], projected[0][..., 1::2]
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), 1 + up.clamp(-self.limit, self.limit)
+            return gate * torch.sigmoid(1.702 * gate) * up
         return self.activation(gate) * up
+
+
+# What lets positions see each other in a block: its name in files, and how it is made.
+MIXERS: dict[str, tuple[str, Callable[[DecoderConfig, int], nn.Module]]] = {
+    "attention": ("self_attn", SelfAttention),
+    "deltanet": ("linear_attn", GatedDeltaNet),
+    "short_conv": ("conv", ShortConv),
+}
 
 
 class Block(nn.Module):
@@ -194,12 +231,20 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.norm_names, self.scale, self.parallel = NORMS[config.norms], config.residual_scale, config.parallel
-        self.self_attn = SelfAttention(config, layer)
-        self.mlp = MLP(config)
-        self.takes, self.gives = self.self_attn.takes, self.self_attn.gives  # of other blocks, and for them
+        self.mixer_name, make = MIXERS[config.mixer(layer)]
+        self.add_module(self.mixer_name, make(config, layer))
+        self.takes, self.gives = getattr(self.mixer, "takes", []), getattr(self.mixer, "gives", [])  # in the context
         per_layer.extend_block(self, config, layer)
+        self.mlp: Any = MLP(config)
+        if (routing := config.routing) and routing.layers[layer]:
+            experts = (MLP(config, routing.width) for _ in range(routing.experts))
+            self.mlp = Experts(routing, config.hidden_size, experts, config.mlp_bias)
         for name in filter(None, self.norm_names):
             self.add_module(name, config.make_norm(config.hidden_size))
+
+    @property
+    def mixer(self) -> Any:
+        return getattr(self, self.mixer_name)
 
     def norm(self, place: int) -> Callable[[Tensor], Tensor]:
         """The norm at a place of NORMS; the identity if there is none."""
@@ -207,7 +252,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
         """The residual stream after this block, (b, q, hidden); at some positions only, (1, n, hidden)."""
-        y = self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context)))
+        y = self.add(x, self.norm(1)(self.mixer(self.norm(0)(x), context)))
         x, y = select(x, target_positions), select(y, target_positions)  # from here on, positions are independent
         y = self.add(y, self.norm(3)(self.mlp(self.norm(2)(x if self.parallel else y))))
         return per_layer.finish(self, y, context, target_positions)
@@ -232,17 +277,22 @@ def embedding_noise(x: Tensor, alpha: float) -> Tensor:
     return torch.empty_like(x).uniform_(-bound, bound)
 
 
+def embedding(size: int, hidden: int) -> nn.Embedding:
+    """Initialized uniformly: on the `meta` device, PyTorch's normal_ imports its compiler, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(size, hidden).uniform_(-1, 1), freeze=False)
+
+
 class Trunk(nn.Module):
     """Embedding, blocks and final norm: the tensors whose names start with `model.`."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(own, layer) for layer, own in enumerate(config.by_layer))
         self.norm = config.make_norm(config.hidden_size)
         per_layer.extend_trunk(self, config)
         if config.positions:
-            self.embed_positions = nn.Embedding(config.positions, config.hidden_size)
+            self.embed_positions = embedding(config.positions, config.hidden_size)
 
 
 class Decoder(nn.Module):

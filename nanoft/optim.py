@@ -11,6 +11,8 @@ Float16 also needs a loss scale: `build_scaler`.
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,8 +40,15 @@ class Optimizer:
     shardable: bool = True  # whether its state can be split over ranks (FSDP2)
 
 
+@functools.cache
+def eager(kind: Any) -> Any:
+    """The same optimizer without PyTorch's wrappers for its compiler, which would import it: two seconds."""
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad", "step")}
+    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(methods["step"])})
+
+
 def _adamw(groups: Groups, t: TrainingConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, betas=(t.beta1, t.beta2), eps=t.epsilon, fused=True)
+    return eager(torch.optim.AdamW)(groups, betas=(t.beta1, t.beta2), eps=t.epsilon, fused=True)
 
 
 def _adamw_state(_: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> State:
@@ -48,7 +57,7 @@ def _adamw_state(_: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> S
 
 def _sgd(groups: Groups, t: TrainingConfig) -> torch.optim.Optimizer:
     fused = t.sharding == "none"  # PyTorch's fused SGD, unlike its AdamW, does not take sharded parameters
-    return torch.optim.SGD(groups, momentum=t.momentum, fused=fused)
+    return eager(torch.optim.SGD)(groups, momentum=t.momentum, fused=fused)
 
 
 def _sgd_state(_: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> State:

@@ -1,4 +1,4 @@
-"""Adapters for tests: every variant of LoRA, moved as training moves it, here, in PEFT and as files."""
+"""Adapters for tests: every variant of LoRA with nonzero weights, as modules of nanoft and of PEFT and as files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def adapted(
 
 
 def randomize(adapters: dict[str, LoRALinear]) -> None:
-    """Move all that is trained, as training does."""
+    """Set all trained parameters to random values, as after training."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for adapter in adapters.values():
@@ -81,7 +81,7 @@ def peft_model(base: Path, lora: LoRAConfig = PLAIN) -> PeftModel:
 
 
 def peft_name(name: str) -> str:
-    """What PEFT calls a tensor of a file while it is in memory."""
+    """PEFT's name in memory for a tensor of an adapter file."""
     for part in ("lora_A", "lora_B"):
         name = name.replace(f"{part}.weight", f"{part}.default.weight")
     return name.replace("lora_magnitude_vector", "lora_magnitude_vector.default.weight")

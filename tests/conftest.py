@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tokenized data goes where pytest cleans up."""
+    """Tokenized data is cached in a directory that pytest cleans up."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -85,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
-    """Puts a handler of HTTP requests in the place of the Hub, with an empty cache."""
+    """Replaces the Hub with a handler of HTTP requests, and starts with an empty cache."""
     servers: list[http.server.ThreadingHTTPServer] = []
     use_cache("")  # not what another test's config said
 

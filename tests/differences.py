@@ -1,4 +1,4 @@
-"""The largest differences that the tests of families found, as a table: pytest --differences bench/families.md"""
+"""Collects the largest differences that the tests of families find: pytest --differences bench/families.md"""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ CHECKS = {
 }
 HEAD = """# Families: the largest differences
 
-Random models of every family, as in tests/tiny_families.py; float32 on a CPU. Written by
+Random models of every family, as in tests/tiny_families.py, in float32 on a CPU. Written by
 
     pytest --differences bench/families.md tests/models tests/export/test_gguf.py
 
-of one shape of each; -m '' takes all. Besides, 64 greedy tokens of transformers and the greedy answers of llama.cpp are
-the same tokens in every family, and two processes train the same bits as one. llama.cpp's GELU is a table in float16.
+for one shape of each family; with -m '', for all shapes. In every family, 64 greedy tokens equal those of transformers,
+greedy answers equal those of llama.cpp, and two processes train the same bits as one. llama.cpp's GELU is a table in
+float16.
 """
 
 

@@ -1,4 +1,4 @@
-"""What could be read is read, what could not is refused in one line: searched with random inputs.
+"""Random inputs to every reader: what is valid is read, and everything else is refused in one line.
 
 In the ordinary tests each target gets a few hundred inputs (test_hostile.py). For longer, with other inputs every time:
 
@@ -68,7 +68,7 @@ entries = st.fixed_dictionaries(
 
 @st.composite
 def headers(draw: Any) -> bytes:
-    """A file: half of them right but for a field or two, half of them made of anything."""
+    """Files: half of them valid except for a field or two, half of them arbitrary."""
     names = draw(st.lists(st.sampled_from("abc") | st.text(max_size=4), max_size=4))
     table, end = [], 0
     for name in names:
@@ -311,7 +311,7 @@ TARGETS: dict[str, tuple[Any, Callable[[Any], None]]] = {
 
 
 def search(name: str, examples: int, derandomize: bool = True) -> None:
-    """Give a target so many inputs."""
+    """Run a target on that many inputs."""
     inputs, check = TARGETS[name]
     profile = settings(
         max_examples=examples,

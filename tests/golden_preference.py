@@ -1,4 +1,4 @@
-"""Write golden_preference.safetensors: losses of TRL's trainers, and adapters after two optimizer steps of theirs.
+"""Write golden_preference.safetensors: losses of TRL's trainers, and their adapters after two optimizer steps.
 
     pip install trl==1.16.0
     python tests/golden_preference.py

@@ -1,4 +1,4 @@
-"""Inputs that mean harm, each made from a good one: models, tokenizers, adapters, runs, configs; see test_hostile.py.
+"""Hostile inputs, each made from a valid one: models, tokenizers, adapters, runs, configs; see test_hostile.py.
 
 A case is a kind (what it is a case of), a change to a copy of a good one, and what the refusal must say. `run_cases` is
 what a process of its own does with them all, under limits of memory and processor time.
@@ -384,10 +384,10 @@ TOKENIZERS = {
     "settings nested": Case("tokenizer", put(SETTINGS, '{"a":' * 100 + "1" + "}" * 100), "nested too deeply"),
     "settings with code": Case("tokenizer", fields(SETTINGS, auto_map={"AutoTokenizer": ["x.T", None]}), "never runs"),
     "stop token 10^30": Case(
-        "tokenizer", put("generation_config.json", f'{{"eos_token_id": {10**30}}}'), "expected ids"
+        "tokenizer", put("generation_config.json", f'{{"eos_token_id": {10**30}}}'), "expected token ids"
     ),
-    "stop token -1": Case("tokenizer", put("generation_config.json", '{"eos_token_id": [-1]}'), "expected ids"),
-    "stop token true": Case("tokenizer", put("generation_config.json", '{"eos_token_id": true}'), "expected ids"),
+    "stop token -1": Case("tokenizer", put("generation_config.json", '{"eos_token_id": [-1]}'), "expected token ids"),
+    "stop token true": Case("tokenizer", put("generation_config.json", '{"eos_token_id": true}'), "expected token ids"),
     "template linked from elsewhere": Case(
         "tokenizer", both(put(TEMPLATE, "{{ messages }}"), link(TEMPLATE)), "leads out of its directory"
     ),
@@ -561,8 +561,8 @@ CONFIGS = {
     "keys that are lists": yaml("? [a]\n: 1"),
     "a control character": yaml("model: {name: '\x07'}"),
     "a token": yaml(f"model: {{name: {TOKEN}}}", "model.name: contains what looks like an access token"),
-    "a token in a table": yaml(f"data: {{template_args: {{key: {TOKEN}}}}}", "template_args: contains an access token"),
-    "a password": yaml("data: {train_file: 'https://me:secret@x.org/a.jsonl'}", "train_file: contains an access token"),
+    "a token in a table": yaml(f"data: {{template_args: {{key: {TOKEN}}}}}", "template_args: contains what looks"),
+    "a password": yaml("data: {train_file: 'https://me:secret@x.org/a.jsonl'}", "train_file: contains what looks"),
     "JSON nested": Case("config", put("c.json", '{"model":' * 70 + "1" + "}" * 70), "nested too deeply"),
     "JSON of 17 MB": Case("config", put("c.json", '"' + "x" * (17 << 20) + '"'), "larger than"),
     "a pipe": Case("config", pipe("c.yaml"), "no such config file"),
@@ -576,7 +576,7 @@ CONFIGS = {
 
 
 def stolen(directory: Path) -> None:
-    """A companion of the adapter that is a link to somebody's key, which merging would publish."""
+    """A file beside the adapter that is a link to a private key, which merging would publish."""
     key = directory.with_name(f"{directory.name}-key")
     key.write_text(SECRET)
     (directory / "tokenizer.model").symlink_to(key)
@@ -629,7 +629,7 @@ CASES: dict[str, Case] = {
 
 
 def read(kind: str, path: Path, good: Path) -> str:
-    """Read a case as nanoft does; returns what it was refused with, as the terminal shows it."""
+    """Read a case as nanoft does; returns the error as the terminal shows it."""
     from nanoft import UserError
 
     cpu, talk = torch.device("cpu"), [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b"}]

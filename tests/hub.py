@@ -1,4 +1,4 @@
-"""A Hub on this machine: as much of huggingface.co as its client asks for, from a directory."""
+"""A local Hub server: the part of huggingface.co that its client uses, served from a directory."""
 
 from __future__ import annotations
 

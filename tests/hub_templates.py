@@ -1,4 +1,4 @@
-"""The chat templates of well-known models, written anew: short, and equal to the originals in what they render.
+"""Chat templates of well-known models, rewritten: shorter than the originals, with the same output.
 
 Each `Hub` says what a template is written for: its special tokens, and how an answer stands in it. What the originals
 render is in golden_templates.json, with where each of them was read. Left out is what no test renders: content that is
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hub:
-    """A model's template and what it is written for."""
+    """A model's template, and the tokens that it is written for."""
 
     template: str
     bos: str | None

@@ -1,4 +1,4 @@
-"""A Mac's GPU as far as a test needs one: tensors that say `mps`, lie on the CPU, and are refused what Metal refuses.
+"""A simulated Mac GPU: tensors that report `mps`, live on the CPU, and are refused what Metal refuses.
 
 PyTorch's dispatcher hands every operation on such a tensor to `_run`, which does it on the CPU tensor inside. What
 fails on a Mac and not on a CPU fails here, too: float64, operands on two devices, `numpy()` without `cpu()`, pinned
@@ -29,7 +29,7 @@ TOLD = {"is_available", "is_initialized", "device_count", "manual_seed_all"}  # 
 
 
 class Metal:
-    """What torch.mps keeps, and what was asked of it."""
+    """The state of torch.mps, and the calls that it received."""
 
     def __init__(self) -> None:
         self.random = torch.Generator().manual_seed(0).get_state()
@@ -52,7 +52,7 @@ class Metal:
 
 
 class MetalTensor(Tensor):
-    """A CPU tensor, `inner`, that says it is on Metal."""
+    """A CPU tensor, `inner`, that reports to be on Metal."""
 
     inner: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -82,7 +82,7 @@ class MetalTensor(Tensor):
 
 
 def _run(metal: Metal, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """One operation on the tensors inside; what comes out is on Metal if it was asked for there, or came from there."""
+    """Run an operation on the inner tensors; its output is on Metal if it was requested there or an input was there."""
     operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     ours = [t for t in operands if isinstance(t, MetalTensor)]
     name = func._schema.name.partition("::")[2]
@@ -175,7 +175,7 @@ class _Calls(TorchFunctionMode):
 
 @contextlib.contextmanager
 def pretended_metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
-    """This machine has a Metal GPU, and a CUDA that must not be touched."""
+    """Pretend that this machine has a Metal GPU, and a CUDA device that must not be used."""
     here = Metal()
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     answers = {

@@ -1,4 +1,4 @@
-"""Attention by its formula over all pairs, for tests to compare with, and inputs for it."""
+"""Reference attention: the formula over all pairs of positions, and inputs for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tensors(lengths: tuple[int, ...], dtype: torch.dtype, heads: int = 4, groups
 
 
 def plainly(q: Any, k: Any, v: Any, seen: torch.Tensor, cap: float | None = None) -> torch.Tensor:
-    """The formula over all pairs; seen is (b, 1, q, k); cap: of the scores."""
+    """Attention by the formula over all pairs; seen is the mask, (b, 1, q, k); cap: soft cap of the scores."""
     repeats = q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(repeats, dim=2) for t in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
@@ -25,7 +25,7 @@ def plainly(q: Any, k: Any, v: Any, seen: torch.Tensor, cap: float | None = None
 
 
 def places(documents: tuple[int, ...], batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions, segments), (b, q), of documents that fill the rows one behind another."""
+    """(positions, segments), (b, q), of documents that fill the sequences one after another."""
     numbers = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents)).view(batch, length)
     positions = torch.cat([torch.arange(n) for n in documents]).view(batch, length)
     return positions, numbers

@@ -1,4 +1,4 @@
-"""What objectives learn from, made by tests: random samples, and a file of pairs."""
+"""Data for tests of preference objectives: random samples, and a file of pairs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def settings_of_run(objective: str) -> dict[str, Any]:
 
 
 def random_samples(learns: Learns, units: int = 6) -> TokenDataset:
-    """Prompts and answers of different lengths; the two of a pair have one prompt, the labels are mixed."""
+    """Prompts and answers of different lengths; both answers of a pair have the same prompt, labels are mixed."""
     chance, made = np.random.default_rng(0), list[Sample]()
     for unit in range(units):
         prompt = chance.integers(1, VOCAB, chance.integers(2, 6), np.int32)

@@ -57,7 +57,7 @@ def codes(directory: Path) -> dict[int, int]:
 
 
 def run(processes: int, directory: Path, before: str = "", **changes: Any) -> tuple[str, str]:
-    """What was printed and what went to stderr."""
+    """Run the command; returns stdout and stderr."""
     process = start(processes, directory, before, **changes)
     try:
         return process.communicate(timeout=180)

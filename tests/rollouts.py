@@ -1,4 +1,4 @@
-"""Answers that tests give to GRPO in the place of sampled ones."""
+"""Given answers that replace the sampled ones in tests of GRPO."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random_rollouts(prompts: int = 3, group: int = 4, vocab: int = 32) -> list[R
 
 
 class Given(Prompts):
-    """Prompts to which the same answers are always found."""
+    """Prompts whose sampled answers are always the given ones."""
 
     def __init__(self, config: Config, found: Sequence[Rollout]):
         self.config, self.rl, self.found = config, config.rl, list(found)
@@ -57,14 +57,14 @@ def given(config: Config, adapters: dict[str, Adapter], found: Sequence[Rollout]
 
 
 class Taught(Distill):
-    """Distillation from a model that is here already."""
+    """Distillation from a teacher that is already loaded."""
 
     def __init__(self, config: Config, adapters: dict[str, Adapter], found: Sequence[Rollout], teacher: Decoder):
         super().__init__(config, adapters, Given(config, found))
         self.teacher: Any = SimpleNamespace(as_model=lambda: nullcontext(teacher))
 
     def begin(self, *_: object) -> None:
-        """Nothing is left to open."""
+        """No model has to be opened."""
 
 
 def prompt_window(found: Sequence[Rollout]) -> Window:

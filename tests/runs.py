@@ -1,4 +1,4 @@
-"""Runs of train.py for tests: small ones, what they left behind, and faults put into their loop."""
+"""Small runs of train.py for tests, access to the files they write, and faults injected into the loop."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def refused(arguments: list[str], fragments: list[str], capsys: pytest.CaptureFi
 def gradients(
     directory: Path, micro_batch_size: int, accumulation: int, dtype: torch.dtype, **changes: Any
 ) -> dict[str, torch.Tensor]:
-    """What the real loop hands to the optimizer at its first step."""
+    """The gradients that the real loop passes to the optimizer at its first step."""
     sizes = {"training__micro_batch_size": micro_batch_size, "training__gradient_accumulation_steps": accumulation}
     taken: dict[str, torch.Tensor] = {}
 

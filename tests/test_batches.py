@@ -129,7 +129,7 @@ def test_on_the_cpu_a_batch_stays_itself() -> None:
 
 
 def windows_of(run: Batches) -> Iterator[Window]:
-    """One after the other, from the beginning, without end."""
+    """All windows in order from the beginning, without end."""
     position = [0, 0]
     while True:
         yield (window := run.next_window(*position))

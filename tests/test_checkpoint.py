@@ -43,7 +43,7 @@ def save(checkpoints: CheckpointManager, step: int, best: tuple[int, float] | No
 
 
 def is_whole(path: Path, step: int) -> bool:
-    """Whether the files hold what was saved at `step`, read by safetensors and json alone."""
+    """Whether the files hold the state saved at `step`, read only with safetensors and json."""
     files = {name: load_file(path / f"{name}.safetensors") for name in ("adapter", "optimizer")}
     same = all(torch.equal(files[f][n], t) for f, named in tensors(step).items() for n, t in named.items())
     return same and json.loads((path / "state.json").read_text())["step"] == step
@@ -169,7 +169,7 @@ def test_a_checkpoint_says_whose_it_is_and_another_runs_is_not_taken(tmp_path: P
 
 
 def test_what_reads_back_otherwise_never_gets_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that keeps something else than it was given, and says nothing."""
+    """A disk that silently stores other bytes than were written."""
     checkpoints = CheckpointManager(tmp_path / "checkpoints", keep=1)
     save(checkpoints, 1)
     write = os.write
@@ -217,7 +217,7 @@ def begin(saves: AsyncCheckpointWriter, step: int, changed: Tensor | None = None
 
 
 def hold_writes(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writes wait until the event is set."""
+    """Make writes wait until the event is set."""
     write, free = os.write, threading.Event()
     monkeypatch.setattr(os, "write", lambda fd, data: (free.wait(60), write(fd, data))[1])
     return free
@@ -324,7 +324,7 @@ def test_leaving_waits_unless_told_to_leave_at_once(
 
 
 def damaged(path: Path) -> str:
-    """What verify says; anything but Damaged fails the test."""
+    """The message of verify; any other exception fails the test."""
     with pytest.raises(CheckpointCorrupted) as caught:
         verify(path)
     return str(caught.value)
@@ -629,7 +629,7 @@ class Disk:
                 yield names, zeros
 
     def write_to(self, directory: Path, names: dict[str, Any], zeros: bool) -> None:
-        """Make such a state real: content that was not synced is missing, or zeros of the right length."""
+        """Write such a state to disk: content that was not synced is missing, or zeros of the right length."""
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         for path in sorted(names):
@@ -641,7 +641,7 @@ class Disk:
             (directory / path).write_bytes(self.synced.get(inode, lost))
 
     def note(self, name: str, args: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
-        """Follow one operation that has just been done."""
+        """Apply an operation that was just done to the model of the disk."""
         folder = self.root / self.open_files.get(options.get("dir_fd") or -1, "")
         paths = [str((folder / a).relative_to(self.root)) for a in args if isinstance(a, (str, Path))]
         if name == "open":
@@ -683,7 +683,7 @@ def recorded(disk: Disk, after: Callable[[], None], skip_fsync: Callable[[str], 
 
 
 def lose_power_everywhere(tmp_path: Path, skip_fsync: Callable[[str], bool] = lambda _: False) -> list[str]:
-    """Save once, and look at every state that a power loss may leave; what is wrong with them."""
+    """Save once, and check every state that a power loss may leave; returns the errors."""
     root, replay = tmp_path / "run", tmp_path / "replay"
     action = scene(root, False)()
     disk = Disk(root)

@@ -116,7 +116,7 @@ def claimed(path: Path) -> tuple[float, float, float]:
 
 @pytest.fixture
 def serve_shape(tmp_path: Path, serve_hub: Callable[[Any], None]) -> Callable[[str], type[Hub]]:
-    """A Hub with one model: its config.json, and weights that nobody may ask for."""
+    """A Hub with one model: its config.json, and weights that must not be requested."""
 
     def serve(name: str) -> type[Hub]:
         files = tmp_path / "remote"
@@ -183,7 +183,7 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "training.micro_batch_size: 4 sequences of 4096 tokens take" in error
-    assert "and 5.40 GB are available" in error
+    assert "but only 5.40 GB are available" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
@@ -195,8 +195,8 @@ def test_what_the_described_machine_cannot_hold_is_one_line(
             ["--plan", "system.memory_gb=none"],
             "set system.device=auto, or set system.memory_gb to plan for that",
         ),
-        (["system.device=auto"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set training.opt"),
-        (["--plan", "system.device=cpu"], "training.optimizer: adamw_paged runs on cuda, and this is cpu: set train"),
+        (["system.device=auto"], "training.optimizer: adamw_paged runs on cuda, but this device is cpu: set"),
+        (["--plan", "system.device=cpu"], "training.optimizer: adamw_paged runs on cuda, but this device is cpu: set"),
         (["--plan", "system.device=tpu"], "system.device: 'tpu' is not one of auto, cuda, mps, cpu"),
     ],
     ids=str,
@@ -295,7 +295,7 @@ def f(d: DataConfig, rank: int): return d.packing, rank.columns
 
 @pytest.mark.parametrize("section", SECTION_TYPES)
 def test_every_field_is_read_by_the_program(section: str) -> None:
-    """Outside nanoft/config/, whose checks are no use of a setting."""
+    """Outside nanoft/config/, whose validation does not count as a use."""
     read = set().union(*(fields_read(path.read_text()) for path in PROGRAM))
     read |= behind_properties(section, read)
     fields = {f"{section}.{item.name}" for item in dataclasses.fields(SECTION_TYPES[section])}

@@ -1,4 +1,4 @@
-"""README and docs against the program: commands parse, one of each family runs, and every name and message exists.
+"""README and docs against the program: commands parse, one of each kind runs, and every name and message exists.
 
 A failure names the document and the words that are wrong, and says what to write instead. A new command, field,
 message or file in a document is checked without being listed here.

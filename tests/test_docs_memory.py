@@ -15,7 +15,7 @@ from nanoft.generation.decode import Decoding
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
 from nanoft.runtime.device import Machine
-from nanoft.training.memory_plan import Plan, Planner, count_parameters, gflop_per_token
+from nanoft.training.memory_plan import Plan, Planner, block_bytes, count_parameters, gflop_per_token, host_bytes
 from tiny_models import make_reference
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,23 @@ def test_the_cache_of_keys_and_values_has_the_size_of_the_formula(tmp_path: Path
     with torch.no_grad():
         decoding.join([[3, 4, 5], [6]], 7)
     tokens = 2 * (3 + 7)  # rows x (longest prompt + new tokens)
-    assert sum(part.nbytes for part in [*decoding.keys, *decoding.values]) == (
+    assert sum(part.nbytes for part in [*decoding.keys.values(), *decoding.values.values()]) == (
         2 * c.num_layers * c.num_kv_heads * c.head_dim * 2 * tokens
     )
     assert f"{8 * (512 + 128) * 131_072 / 1e9:.2f} GB" in section("Evaluation")
+
+
+def test_what_a_base_in_host_memory_takes() -> None:
+    text = section("A base larger than the GPU")
+    bits16, bits4 = (EXAMPLE.override({"quantization.bits": n, "training.checkpointing": "full"}) for n in (16, 4))
+    machine = Machine(torch.device("cuda"), torch.bfloat16, 12e9, present=False)
+    planner, packed = (Planner.of(config, machine, decoder_config(MISTRAL_7B)) for config in (bits16, bits4))
+    on_host = plan(bits16.override({"model.base_device": "host"}))
+    assert f"takes {gb(on_host.peak)} GB on the GPU instead of {gb(plan(bits16).peak)}: two blocks of" in text
+    assert (
+        f"{gb(block_bytes(planner))} GB instead of 32. In host memory it takes {host_bytes(planner) / 1e9:.1f}" in text
+    )
+    copied = [2 * 30 * block_bytes(one) / 1e9 for one in (planner, packed)]
+    assert f"{copied[0]:.1f} GB; that" in text
+    assert f"{copied[0] / 25:.2f} s, so" in text
+    assert f"In 4 bits it is {copied[1]:.1f} GB" in text

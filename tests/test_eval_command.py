@@ -1,4 +1,4 @@
-"""eval.py as a user runs it: figures that agree with the run's report and with transformers, and one line a mistake."""
+"""eval.py as a user runs it: the figures of the run's report and of transformers, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FEW = ["evaluation.prompts=4", "evaluation.max_new_tokens=8"]
 
 
 def figures(*arguments: Any, out: Path) -> dict[str, Any]:
-    """What --json holds after a run of the command that must succeed."""
+    """The content of --json after the command, which must succeed."""
     assert command.main([*map(str, arguments), "--json", str(out)]) == 0
     result: dict[str, Any] = json.loads(out.read_text())
     return result

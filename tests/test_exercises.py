@@ -26,7 +26,7 @@ def apply(patch: Path, directory: Path, *options: str) -> None:
 
 
 def results(directory: Path) -> dict[str, str]:
-    """What the checks say in a directory: the name of each, and what happened."""
+    """The results of the checks in a directory, by name."""
     command = [sys.executable, str(directory / "docs" / "solutions" / "checks.py")]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     found = dict(re.findall(r"^(\w+): (passes|fails.*)$", done.stdout, re.MULTILINE))

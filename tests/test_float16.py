@@ -1,4 +1,4 @@
-"""model.dtype=float16: near float32 while gradients fit, and what happens when they do not."""
+"""model.dtype=float16: close to float32 while gradients fit into it, and what happens when they overflow."""
 
 from __future__ import annotations
 

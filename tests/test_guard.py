@@ -1,4 +1,4 @@
-"""What a bad step leads to: a window left out, a way back, or the end; and where a NaN is said to come from."""
+"""What a bad step leads to: a skipped window, a rollback, or the end of the run; and the reported origin of a NaN."""
 
 from __future__ import annotations
 

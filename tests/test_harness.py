@@ -1,4 +1,4 @@
-"""A merged model in lm-evaluation-harness: the command of docs/evaluation.md, on a task of our own."""
+"""A merged model in lm-evaluation-harness: the command of docs/evaluation.md, on a custom task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models, tokenizers, adapters, runs and configs that mean harm: each is refused in one line, within bounds.
+"""Hostile models, tokenizers, adapters, runs and configs: each is refused in one line, within bounds.
 
 The cases are in hostile.py. They run in one process, whose memory and processor time the system limits.
 """
@@ -37,7 +37,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="limits the address s
 
 
 def prepare(case: Case, path: Path, good: Path) -> str:
-    """A copy of something good, changed; returns how it is to be read."""
+    """Make the hostile copy of a valid input; returns how to read it."""
     kind = "merge" if case.kind == "merge_stolen" else case.kind
     if kind == "config":
         path.mkdir()
@@ -65,7 +65,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refusals(
     good: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[dict[str, tuple[str, float]]]:
-    """What every selected case is refused with, and the seconds that it took."""
+    """The refusal of every selected case, and the seconds that it took."""
     items: list[Any] = [item for item in request.session.items if "refusals" in getattr(item, "fixturenames", ())]
     selected = [item.callspec.params["name"] for item in items]
     root = tmp_path_factory.mktemp("hostile")

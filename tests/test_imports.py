@@ -1,4 +1,4 @@
-"""Who may import whom: packages in layers, no framework at run time, nothing that is not declared."""
+"""Allowed imports: packages in layers, no framework at run time, only declared dependencies."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def layer_of(module: str) -> int:
-    """Where a module stands in LAYERS; -1: nanoft itself, which everybody may import."""
+    """The index of a module's layer in LAYERS; -1: nanoft itself, which every module may import."""
     parts = module.split(".")
     if len(parts) == 1:
         return -1
@@ -85,7 +85,7 @@ def test_no_module_imports_a_script() -> None:
 
 
 def test_no_cycles() -> None:
-    """Modules of one package may import one another, but not in a circle."""
+    """Modules of one package may import each other, but not in a cycle."""
     after = {name: imported_modules(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
     while free := {name for name, needed in after.items() if not needed & after.keys()}:
         after = {name: needed for name, needed in after.items() if name not in free}

@@ -1,4 +1,4 @@
-"""LoRA and its variations against PEFT (loss and every gradient), against their formulas, and in float64."""
+"""LoRA and its variants against PEFT (loss and every gradient), against their formulas, and in float64."""
 
 from __future__ import annotations
 
@@ -383,7 +383,7 @@ def test_one_layer_alone(base: Path) -> None:
         ({"trainable_token_indices": {"q_proj": [1]}}, "trainable_token_indices: q_proj: use embed_tokens and lm_head"),
         (
             {"trainable_token_indices": {"lm_head": [1]}, "modules_to_save": ("lm_head",)},
-            "lora.trainable_token_indices: lm_head is trained already",
+            "lora.trainable_token_indices: lm_head: already trained",
         ),
         ({"target_modules": ("embed_tokens",), "dora": True}, "model.embed_tokens: embeddings take plain LoRA only"),
         ({"target_modules": ("embed_tokens",), "freeze_a": True}, "embeddings take plain LoRA only"),

@@ -1,4 +1,4 @@
-"""merge.py as a user runs it: proven models in every form, and nothing on disk when something is wrong."""
+"""merge.py as a user runs it: verified models in every format, and nothing on disk if something is wrong."""
 
 from __future__ import annotations
 
@@ -519,7 +519,7 @@ def test_two_processes_do_not_write_one_directory(
 
 
 def damaged(runs: Path, out: Path, damage: str) -> Path:
-    """A copy of the adapter, spoilt."""
+    """A damaged copy of the adapter."""
     shutil.copytree(runs / "lora" / "adapter", out)
     weights, config = out / "adapter_model.safetensors", out / "adapter_config.json"
     settings = json.loads(config.read_text())

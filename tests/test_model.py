@@ -40,7 +40,7 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str, tmp_path: Path) 
 
 @torch.no_grad()
 def greedy(model: Decoder, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """Greedy decoding, spelled out; nanoft/generation/decode.py does it with a cache."""
+    """Greedy decoding without a cache."""
     start = ids.shape[1]
     for _ in range(count):
         ids = torch.cat((ids, model.logits(model(ids)[:, -1]).argmax(-1, keepdim=True)), dim=1)

@@ -1,4 +1,4 @@
-"""The page against the large program: the same samples, the same gradient, the same schedule, the demo's perplexity."""
+"""nanoft/nano.py against the large program: the same samples, gradient, schedule and perplexity of the demo."""
 
 from __future__ import annotations
 

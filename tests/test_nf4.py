@@ -38,7 +38,7 @@ FORMS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", 
 
 @pytest.fixture(params=["bitsandbytes", "table"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each of the two ways to unpack, on the CPU."""
+    """Each of the two implementations of unpacking, on the CPU."""
     monkeypatch.setattr(nf4, "uses_bitsandbytes", lambda device_type: request.param == "bitsandbytes")
     return request.param
 
@@ -307,7 +307,7 @@ def test_backward_keeps_the_packed_weight_only(form: tuple[str, bool]) -> None:
 
 
 def kept(model: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-    """What one forward pass saves for backward."""
+    """The tensors that one forward pass saves for backward."""
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(x)

@@ -325,10 +325,10 @@ def test_one_kind_of_parameter_is_enough(kept: list[str]) -> None:
 @pytest.mark.parametrize(
     ("kind", "device", "message"),
     [
-        ("adamw_paged", "cpu", "adamw_paged runs on cuda, and this is cpu: set training.optimizer=adamw"),
-        ("adamw_8bit_paged", "cpu", "runs on cuda, and this is cpu: set training.optimizer=adamw_8bit"),
-        ("adamw_8bit_paged", "mps", "runs on cuda, and this is mps: set training.optimizer=adamw"),
-        ("adamw_8bit", "mps", "runs on cuda or cpu, and this is mps: set training.optimizer=adamw"),
+        ("adamw_paged", "cpu", "adamw_paged runs on cuda, but this device is cpu: set training.optimizer=adamw"),
+        ("adamw_8bit_paged", "cpu", "runs on cuda, but this device is cpu: set training.optimizer=adamw_8bit"),
+        ("adamw_8bit_paged", "mps", "runs on cuda, but this device is mps: set training.optimizer=adamw"),
+        ("adamw_8bit", "mps", "runs on cuda or cpu, but this device is mps: set training.optimizer=adamw"),
     ],
 )
 def test_a_device_without_the_kernels_is_refused(kind: str, device: str, message: str) -> None:

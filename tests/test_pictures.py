@@ -1,4 +1,4 @@
-"""The pictures of the documents: their scripts run, and the committed files are what they draw."""
+"""The pictures of the documents: their scripts run, and draw the committed files."""
 
 from __future__ import annotations
 

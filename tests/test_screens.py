@@ -1,6 +1,6 @@
-"""What `train.py configs/tiny.py` shows in terminals of 80 and 120 columns, kept as a text in which numbers are 9.
+"""The output of `train.py configs/tiny.py` at 80 and 120 columns, stored as text in which every digit is a 9.
 
-What the other commands show fits into 80 columns, too, except paths and texts of the data.
+The output of the other commands fits into 80 columns, too, except paths and texts of the data.
 """
 
 from __future__ import annotations

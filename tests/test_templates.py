@@ -1,4 +1,4 @@
-"""The templates of well-known models: what they render, what is learned of it, and Mistral's own token ids.
+"""The templates of well-known models: rendered text, targets, and Mistral's own token ids.
 
 golden_templates.json has what the originals give for some conversations: rendered by transformers from each model's own
 template, and tokenized by mistral-common. The templates under test (hub_templates.py) are nanoft's own words for the

@@ -1,4 +1,4 @@
-"""Every module of the library has its tests, where a reader looks for them, and some of them are quick."""
+"""Every module of the library has tests in the file that mirrors it, and some of them are quick."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODULES = [path.relative_to(LIBRARY) for path in sorted(LIBRARY.rglob("*.py")) i
 
 
 def taken_from(name: str, paths: Iterable[Path]) -> bool:
-    """Whether one of the files imports the module, or runs it by its name."""
+    """Whether one of the files imports the module or runs it by name."""
     package, _, last = name.rpartition(".")
     taken = re.compile(rf"\b{re.escape(name)}\b|from {re.escape(package)} import \(?[^)\n]*\b{last}\b")
     return any(taken.search(path.read_text(encoding="utf-8")) for path in paths)

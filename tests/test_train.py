@@ -1,4 +1,4 @@
-"""The whole of train.py: exact however a window is split, exact after every interruption, one line for a mistake."""
+"""train.py as a whole: exact for every split of a window and after every interruption, and one line for a mistake."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_resume_takes_never_and_a_path(tmp_path: Path, capsys: pytest.CaptureFix
     assert train.main(quick(directory)) == 0
     before = result(directory)
     assert train.main([*quick(directory), "--resume", "never"]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     earlier = directory / "checkpoints" / "step-000006"
     assert train.main([*quick(directory), "--resume", str(earlier)]) == 0
     assert "resuming  after step 6 of 8" in capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_resume_takes_never_and_a_path(tmp_path: Path, capsys: pytest.CaptureFix
     assert train.main([*quick(directory), "--resume", str(directory / "checkpoints" / "nothing")]) == 2
     assert "nothing" in one_line(capsys.readouterr().err)
     assert train.main([*quick(tmp_path / "other"), "--resume", str(earlier)]) == 2
-    assert "no checkpoint of this run" in one_line(capsys.readouterr().err)
+    assert "not a checkpoint of this run" in one_line(capsys.readouterr().err)
 
 
 def test_going_back_leaves_the_other_branch_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Random models of every entry of FAMILIES as transformers configures them: what makes each family differ occurs."""
+"""Random models of every entry of FAMILIES, made by transformers, with everything in which families differ."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from templates import STYLES, save
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nanoft.models.families import FAMILIES
@@ -20,11 +21,12 @@ MINISTRAL = {**YARN, "factor": 16.0, "original_max_position_embeddings": 16, "ms
 GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 8}
 GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 3}
 GPT2 = {**dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), "n_inner": 128}
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 GEMMA4 = {
     "sliding_window": 8, "global_head_dim": 32, "final_logit_softcapping": 3.0,
     "num_hidden_layers": 6, "layer_types": [SLIDING, SLIDING, FULL] * 2,
 }  # fmt: skip
+QWEN3_5 = {"linear_num_key_heads": 2, "linear_key_head_dim": 24, "linear_value_head_dim": 32}
 GRANITE4 = {
     **GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": [FULL] * 3, "mamba_n_heads": 16,
     "shared_intermediate_size": 128, "position_embedding_type": "rope",
@@ -44,6 +46,19 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "rope_parameters": YARN},
     ],
     "qwen3": [{"head_dim": 20}, {"head_dim": 40, "attention_bias": True, "tie_word_embeddings": True}],
+    "qwen3_moe": [
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+        {
+            "num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "decoder_sparse_step": 2,
+            "num_hidden_layers": 4, "mlp_only_layers": [3], "head_dim": 20, "tie_word_embeddings": True,
+        },
+    ],
+    "gpt_oss": [
+        {
+            "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 8, "intermediate_size": 64,
+            "rope_parameters": {**YARN, "factor": 32.0, "truncate": False},
+        },
+    ],
     "gemma2": [
         {**GEMMA, "head_dim": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
         {**GEMMA, "head_dim": 40, "tie_word_embeddings": False},
@@ -93,6 +108,14 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
             "tie_word_embeddings": True, "rope_parameters": {**PLAIN, "partial_rotary_factor": 1.0},
         },
     ],
+    "qwen3_5_text": [
+        {**QWEN3_5, "layer_types": [LINEAR, FULL, LINEAR], "linear_num_value_heads": 4},
+        {**QWEN3_5, "num_hidden_layers": 4, "linear_num_value_heads": 2, "tie_word_embeddings": True, "head_dim": 40},
+    ],
+    "lfm2": [
+        {"layer_types": ["conv", FULL, "conv"]},
+        {"full_attn_idxs": [0, 2], "block_multiple_of": 32, "conv_L_cache": 4, "tie_word_embeddings": False},
+    ],
     "granitemoehybrid": [GRANITE4, {**GRANITE4, "position_embedding_type": None, "tie_word_embeddings": True}],
     "seed_oss": [{}, {"head_dim": 40, "attention_out_bias": True, "mlp_bias": True}],
 }  # fmt: skip
@@ -118,3 +141,22 @@ def make_family(name: str, directory: Path, shape: int = 0, **changes: Any) -> P
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory)
     return model
+
+
+def split_experts(tensors: dict[str, Tensor], interleaved: bool) -> dict[str, Tensor]:
+    """Stacked experts of transformers as the decoder's linears, (out, in) each; gate and up are one in gpt-oss."""
+    found = dict[str, Tensor]()
+    for name, stacked in tensors.items():
+        place, dot, leaf = name.partition(".experts.")
+        if not dot or stacked.dim() < 2 or leaf[0].isdigit():
+            found[name] = stacked
+            continue
+        part, bias = leaf.removesuffix("_bias"), leaf.endswith("_bias")
+        for number, own in enumerate(stacked):
+            own = own.t() if interleaved and not bias else own  # (out, in), or (out,)
+            parts = {part: own}
+            if part == "gate_up_proj" and not interleaved:
+                parts = dict(zip(("gate_proj", "up_proj"), own.chunk(2), strict=True))
+            for each, tensor in parts.items():
+                found[f"{place}.experts.{number}.{each}.{'bias' if bias else 'weight'}"] = tensor
+    return found

@@ -1,4 +1,4 @@
-"""Random-weight models of every supported architecture, made and saved by transformers: the reference to agree with."""
+"""Random-weight models of every supported architecture, created and saved by transformers, the reference."""
 
 from __future__ import annotations
 

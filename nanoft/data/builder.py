@@ -156,7 +156,7 @@ class DatasetBuilder:
             self.notes[note] = count + 1, first
 
     def _read(self, file: Path, is_validation: bool) -> Iterator[Conversation]:
-        kept, start = 0, self.bar.n
+        kept, start, images = 0, self.bar.n, self.tokenizer.control.images
 
         def advance(position: int) -> None:
             self.bar.update(start + position - self.bar.n)
@@ -169,7 +169,7 @@ class DatasetBuilder:
             self.shapes[-1]["records"] += 1
             if isinstance(item, Rejected):
                 self._reject(item.kind, item.reason, item.file, item.line)
-            elif found := self.tokenizer.control.images.search(item.full_text()):
+            elif images and (found := images.search(item.full_text())):
                 self._reject(MALFORMED, f"{found[0]} stands for an image: only text is supported", item.file, item.line)
             elif unwanted := self._unwanted(item, is_validation):
                 self._reject(*unwanted, item.file, item.line)
@@ -187,7 +187,7 @@ class DatasetBuilder:
         if longest and count > longest:
             return "too many characters", f"{count} characters, more than data.max_characters={longest}"
         if self.data.deduplicate:
-            mark = filters.content_hash(item) << 1 | is_validation
+            mark = item.content_hash << 1 | is_validation
             if mark in self.seen:
                 return "duplicate", "equals an earlier record"
             self.seen.add(mark)
@@ -201,7 +201,7 @@ class DatasetBuilder:
         self.line.append(item.line)
         self.prompt.append(key(prompt))
         self.normalized_prompt.append(key(filters.normalized(prompt)))
-        self.content.append(key(str(filters.content_hash(item))))
+        self.content.append(key(str(item.content_hash)))
         if data.split_group:
             self.group.append(key(item.fields[data.split_group]))
         if data.split_time:

@@ -370,7 +370,7 @@ class ChatTokenizer:
     def _samples(self, batch: list[Rendered], encodings: list[Encoding]) -> Iterator[Sample]:
         for item, encoded in zip(batch, encodings, strict=True):
             ids = np.array(encoded.ids, dtype=np.int32)
-            starts, ends, edges = self._places(item, encoded)
+            starts, ends, edges = self._places(item, encoded, ids)
             at = np.searchsorted(ends, edges, side="right")  # the first token that ends after each edge
             is_inside = starts[at] < edges  # that token begins before the edge
             if item.turns and is_inside[::2].any():
@@ -385,7 +385,7 @@ class ChatTokenizer:
                 ids, is_target = ids[kept], is_target[kept]
             yield self._with_bos(ids, is_target, item.record, item.turns[0] if len(item.turns) == 1 else None)
 
-    def _places(self, item: Rendered, encoded: Encoding) -> tuple[Array, Array, Array]:
+    def _places(self, item: Rendered, encoded: Encoding, ids: Array) -> tuple[Array, Array, Array]:
         """The start of each token (and the end of the text), the end of each, and the edges of the spans.
 
         Returns:
@@ -393,8 +393,9 @@ class ChatTokenizer:
         """
         text, edges = item.text, np.array(item.spans, np.int64).reshape(-1)
         if self._widths is not None and BREAK not in text:
-            starts = np.append(0, np.cumsum(self._widths[encoded.ids]))
-            if starts[-1] == len(text.encode()):  # otherwise the tokenizer drops characters
+            starts = np.zeros(len(ids) + 1, np.int64)
+            self._widths[ids].cumsum(out=starts[1:])
+            if starts[-1] == (len(text) if text.isascii() else len(text.encode())):  # else characters are dropped
                 edges = edges if text.isascii() else np.array([len(text[:edge].encode()) for edge in edges])
                 return starts, starts[1:], edges
         if self._widths is not None:

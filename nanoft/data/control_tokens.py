@@ -27,7 +27,7 @@ class ControlTokens:
         self.parsed, added = parsed, tokenizer.get_added_tokens_decoder()
         self.ids = {number for number, token in added.items() if token.special and token.content}
         images = [t.content for t in added.values() if IMAGES.fullmatch(t.content) and (parsed or not t.special)]
-        self.images = _any_of(images)  # what would be encoded as an image
+        self.images = _any_of(images) if images else None  # what would be encoded as an image
         self.texts = sorted((added[number].content for number in self.ids), key=len, reverse=True)
         self.pattern = _any_of(self.texts)
         breakable = [text for text in self.texts if len(text) > 1]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 import zlib
 from collections import Counter
@@ -54,13 +53,6 @@ _random = np.random.default_rng(20)
 # Multiply-shift hashing (Dietzfelbinger et al. 1997): h(x) = (a x + b mod 2^64) >> 32, a odd.
 _FACTORS = _random.integers(0, 2**63, COMPONENTS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 _OFFSETS = _random.integers(0, 2**63, COMPONENTS, dtype=np.uint64)
-
-
-def content_hash(conversation: Conversation) -> int:
-    """A 64-bit hash of text, messages and tools; 10^6 different records collide with a probability of 3 in 10^8."""
-    said = [conversation.text, *conversation.versions, conversation.tools, conversation.label]
-    content = json.dumps(said, sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
 
 def looks_truncated(conversation: Conversation) -> bool:

@@ -9,6 +9,8 @@ is detected from the first thousand records (`detection.py`). ROLES is the table
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 import math
@@ -81,6 +83,12 @@ class Conversation:
     @property
     def versions(self) -> tuple[list[Message], ...]:
         return (self.messages, *self.worse)
+
+    @functools.cached_property
+    def content_hash(self) -> int:
+        """Of text, messages and tools, 64 bits; 10^6 different records collide with a probability of 3 in 10^8."""
+        content = json.dumps([self.text, *self.versions, self.tools, self.label], sort_keys=True)
+        return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
     def full_text(self) -> str:
         return self.text or "\n".join(m["content"] for messages in self.versions for m in messages)

@@ -86,7 +86,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._begin({})
         code = self.compile(_Tracked().visit(self.parse(source)))
         assert isinstance(code, CodeType)
-        return Template.from_code(self, code, self.make_globals(None))
+        return Template.from_code(self, code, dict(self.globals))  # a plain one is copied fast
 
     def render(self, template: Template, /, **variables: Any) -> str:
         """Render under the bounds; raises one of TEMPLATE_ERRORS."""
@@ -249,6 +249,8 @@ class _GenerationTag(Extension):
 
 def find_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
     """A rendered text without its generation marks, and the marked spans."""
+    if OPENING not in text and CLOSING not in text:
+        return text, []
     parts = re.split(f"[{OPENING}{CLOSING}]", text)  # every second one is marked
     edges = [0, *itertools.accumulate(map(len, parts))]
     return "".join(parts), [(edges[at], edges[at + 1]) for at in range(1, len(parts), 2)]

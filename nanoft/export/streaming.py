@@ -184,10 +184,9 @@ class StreamedDecoder(Decoder):
                 self.set_submodule(name, StreamedLinear(weights, name))
             elif isinstance(module, nn.Embedding):
                 self.set_submodule(name, StreamedEmbedding(weights, name))
-        for name, parameter in list(self.named_parameters()):  # of norms
-            if parameter.is_meta:
-                place, _, part = name.rpartition(".")
-                setattr(self.get_submodule(place), part, nn.Parameter(weights.whole(name)))
+            else:  # a norm, sinks, scalars, and what a layer without attention has of its own
+                for part in dict(module.named_parameters(recurse=False)):
+                    setattr(module, part, nn.Parameter(weights.whole(f"{name}.{part}")))
         self.requires_grad_(False)
         self.eval()
 

@@ -8,9 +8,10 @@ onto the original weights and onto the quantized ones, relative to the model in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from nanoft import UserError
 from nanoft.batches import Sample
+from nanoft.blocks.moe import Experts
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets
@@ -162,14 +164,35 @@ def verify_merge(opened: LoadedModel, merged: Path, prompts: Sequence[list[int]]
 def prove(opened: LoadedModel, merged: Rows, prompts: Sequence[list[int]], tolerance: float) -> Proof:
     """Compare logits of merged weights and of base + adapter; `tolerance` is a share of their standard deviation."""
     prompts, model, merged_model = [ids[:PROOF_TOKENS] for ids in prompts], opened.model, StreamedDecoder(merged)
-    targets, wanted, has_score = next_tokens(prompts), hidden_states(model, prompts), model.config.has_score
+    chosen, has_score = list[Tensor](), model.config.has_score
+
+    def record(layer: Experts, logits: Tensor) -> Tensor:
+        chosen.append(Experts.choose(layer, logits))
+        return chosen[-1]
+
+    with choosing(model, record):
+        targets, wanted = next_tokens(prompts), hidden_states(model, prompts)
+    again = iter(chosen)
+    with choosing(merged_model, lambda layer, logits: next(again)):
+        merged_hidden = hidden_states(merged_model, prompts)
     targets = torch.full_like(targets, -1) if has_score else targets  # rewards predict no tokens
     with disabled({name: adapter for name, adapter in opened.adapters.items() if name != "score"}):
         base = hidden_states(model, prompts)
     effect = compare(model, base, model, wanted, targets).max_difference
-    found = compare(merged_model, hidden_states(merged_model, prompts), model, wanted, targets)
+    found = compare(merged_model, merged_hidden, model, wanted, targets)
     kind = "reward" if has_score else "logit"
     return Proof(found.max_difference, tolerance * found.spread, effect, found.same_top_token, kind)
+
+
+@contextmanager
+def choosing(model: Decoder, choose: Callable[[Experts, Tensor], Tensor]) -> Iterator[None]:
+    """Choose experts in this way. Rounded weights may choose otherwise where two are near, which is no mistake."""
+    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    for layer in layers:
+        layer.choose = partial(choose, layer)  # type: ignore[method-assign]
+    yield
+    for layer in layers:
+        del layer.choose
 
 
 def compare_bases(

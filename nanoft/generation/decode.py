@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nanoft import kernels
 from nanoft.attention import AttentionLayer, CacheContext, Documents, SequenceContext, soft_cap
 from nanoft.blocks import per_layer
+from nanoft.blocks.recurrence import Kept
 from nanoft.kernels import sharding, streaming
 from nanoft.kernels.decode import FastCacheContext, choose_build, prepacked, twin
 from nanoft.model import Decoder
@@ -30,28 +31,32 @@ from nanoft.runtime import distributed
 
 
 class PromptContext(SequenceContext):
-    """A pass over prompts that keeps keys and values; `context` does rotation and attention."""
+    """A pass over prompts that keeps keys, values and states; `context` does rotation and attention."""
 
-    def __init__(self, context: SequenceContext, keep: Callable[[Tensor, Tensor], None]):
+    kept: Kept
+
+    def __init__(self, context: SequenceContext, keep: Callable[[int, Tensor, Tensor], None]):
         self.context, self.keep, self.tensors = context, keep, context.tensors
+        self.documents, self.rule, self.kept = context.documents, context.rule, {}
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         return self.context.rotate(q, k, layer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         if layer.source == layer.index:
-            self.keep(k, v)
+            self.keep(layer.index, k, v)
         return self.context.attend(q, k, v, layer)
 
 
 class Decoding:
-    """A batch of growing sequences, with keys and values in buffers of their final size."""
+    """A batch of growing sequences, with keys and values in buffers of their final size, and recurrent states."""
 
     def __init__(self, model: Decoder):
         self.model, self.device = model, model.device
         self.length = self.slots = 0  # slots in use, and allocated
         self.empty: list[int] = []  # slots before each prompt
-        self.keys, self.values = list[Tensor](), list[Tensor]()  # of each layer, (b, g, slots, d)
+        self.keys, self.values = dict[int, Tensor](), dict[int, Tensor]()  # by layer, (b, g, slots, d)
+        self.kept: Kept = {}  # of layers without attention, (b, ...)
         self.ropes = [rope for rope in model.config.distinct_ropes if rope.depends_on_length]
         self.read: list[list[int]] = []  # the tokens of each sequence, for these ropes
         sharding.gather_outside(model)
@@ -97,17 +102,18 @@ class Decoding:
             both[len(old) :, :, length - longest : length] = new[copies]
             return both
 
-        hidden, keys, values = self._read(list(numbers))
-        for kept, new in ((self.keys, keys), (self.values, values)):
-            kept[:] = [append(*pair) for pair in zip(kept or [part[:0] for part in new], new, strict=True)]
+        hidden, keys, values, states = self._read(list(numbers))
+        for cache, read in ((self.keys, keys), (self.values, values)):
+            cache |= {layer: append(cache.get(layer, new[:0]), new) for layer, new in read.items()}
+        self.kept |= {key: torch.cat((self.kept.get(key, new[:0]), new[copies])) for key, new in states.items()}
         self.empty = [empty + before for empty in self.empty] + [length - len(prompt) for prompt in prompts]
         self.length, self.slots = length, length + more
         self.read += [list(prompt) for prompt in prompts]
         self._prepare_slots()
         return hidden[copies]
 
-    def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Last hidden states, (b, n), and each layer's keys and values, (b, g, longest, d), ending in the same slot."""
+    def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor], Kept]:
+        """Last hidden states, (b, n), keys and values by layer, (b, g, longest, d), ending in the same slot, states."""
         lengths = [len(prompt) for prompt in prompts]
         longest, ends = max(lengths), torch.tensor(lengths).cumsum(0)
         ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)  # (1, tokens)
@@ -117,12 +123,12 @@ class Decoding:
             documents = Documents(tuple(lengths), F.pad(ends, (1, 0)).to(self.device, torch.int32))
         sequences = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(self.device)
         slots = positions + (longest - torch.tensor(lengths, device=self.device))[sequences]
-        keys, values = list[Tensor](), list[Tensor]()
+        keys, values = dict[int, Tensor](), dict[int, Tensor]()
 
-        def keep(k: Tensor, v: Tensor) -> None:  # (1, tokens, g, d) each, layer after layer
-            for part, kept in ((k[0], keys), (v[0], values)):
-                kept.append(part.new_zeros(len(lengths), part.shape[1], longest, part.shape[2]))
-                kept[-1][sequences, :, slots] = part
+        def keep(layer: int, k: Tensor, v: Tensor) -> None:  # (1, tokens, g, d) each
+            for part, cache in ((k[0], keys), (v[0], values)):
+                cache[layer] = part.new_zeros(len(lengths), part.shape[1], longest, part.shape[2])
+                cache[layer][sequences, :, slots] = part
 
         trunk = self.model.model
         x = self.model.embed(ids, positions[None])
@@ -131,14 +137,15 @@ class Decoding:
         last = len(trunk.layers) - 1
         for index, block in enumerate(self.blocks()):
             x = block(x, context, (ends - 1).to(self.device) if index == last else None)
-        return self.model.finish(x)[0], keys, values
+        return self.model.finish(x)[0], keys, values, context.kept
 
     def _prepare_slots(self) -> None:
         """For every slot of every sequence, its rotation and whether it holds a token."""
         slots, empty = torch.arange(self.slots), torch.tensor(self.empty)[:, None]
         most = self.model.config.positions or self.slots  # a finished answer may grow for a few more steps
         self.positions = (slots - empty).clamp(0, most - 1).to(self.device)  # (b, slots)
-        rotations = self.model.rotations(self.positions, self.values[0].dtype, self.length - empty.to(self.device))
+        dtype = next(iter(self.values.values()), self.model.head).dtype
+        rotations = self.model.rotations(self.positions, dtype, self.length - empty.to(self.device))
         self.tables = self.context_class.tables(rotations, (slots >= empty).to(self.device))
 
     def step(self, newest: Tensor) -> Tensor:
@@ -151,9 +158,9 @@ class Decoding:
             self.read = [[*tokens, new] for tokens, new in zip(self.read, newest.tolist(), strict=True)]
             if any(rope.changes_at(len(tokens)) for rope in self.ropes for tokens in self.read):
                 sequences, more = self.read, self.slots - self.length - 1
-                self.keys, self.values, self.empty, self.read, self.length = [], [], [], [], 0
+                self.keys, self.values, self.kept, self.empty, self.read, self.length = {}, {}, {}, [], [], 0
                 return self.join(sequences, more)
-        context = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty))
+        context = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty), self.kept)
         x: Any = self.model.embed(newest[:, None], self.positions[:, self.length : self.length + 1])  # (b, 1, n)
         context.tensors |= per_layer.embeddings(self.model.model, newest[:, None], x)
         self.length += 1
@@ -165,9 +172,9 @@ class Decoding:
         """Drop the other sequences, and the slots that are empty in all that remain."""
         chosen = torch.tensor(sequences, dtype=torch.long, device=self.device)
         cut = min((self.empty[sequence] for sequence in sequences), default=self.length)
-        for parts in (self.keys, self.values):
-            for number, part in enumerate(parts):
-                parts[number] = part[chosen, :, cut:]
+        for cache in (self.keys, self.values):
+            cache |= {layer: part[chosen, :, cut:] for layer, part in cache.items()}
+        self.kept = {key: state[chosen] for key, state in self.kept.items()}
         self.empty = [self.empty[sequence] - cut for sequence in sequences]
         self.read = [self.read[sequence] for sequence in sequences]
         self.length, self.slots = self.length - cut, self.slots - cut

@@ -43,10 +43,16 @@ class TensorHeader:
     form: str  # F32, BF16, U8, ...
     shape: tuple[int, ...]
     transposed: bool = False  # in the file; `shape` and `read` are those of (out, in)
+    expert: int | None = None  # of a stack of tensors, this one alone
+    first: int = 0  # of its rows
 
     def read(self, rows: slice = slice(None)) -> Tensor:
         """Rows of the tensor, as a view of the file, which is reopened each time: an open one keeps pages in memory."""
         with open_safetensors(self.path) as file:
+            if self.expert is not None:
+                own: Tensor = file.get_slice(self.name)[self.expert]
+                own = own.t().contiguous() if self.transposed else own
+                return own[self.first : self.first + self.shape[0]][rows]
             if self.transposed:
                 return file.get_slice(self.name)[:, rows].t().contiguous()
             tensor: Tensor = file.get_tensor(self.name) if rows == slice(None) else file.get_slice(self.name)[rows]

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from nanoft.attention import Documents
 from nanoft.blocks import per_layer
+from nanoft.blocks.deltanet import DeltaNetSizes
 from nanoft.config import LoRAConfig
-from nanoft.kernels import attention, fused
+from nanoft.kernels import attention, experts, fused
 from nanoft.kernels.attention import FastContext
 from nanoft.kernels.block import FastBlock, supports
 from nanoft.kernels.decode import FastCacheContext, twin
@@ -45,10 +46,23 @@ def apply(model: Decoder, lora: LoRAConfig | None = None) -> str:
     return warning
 
 
+def compile_blocks(model: Decoder) -> None:
+    """Fuse the operations between matrix products, block by block; backward recomputes elementwise results.
+
+    With a full memory budget the compiler keeps them: 145 KiB per token and layer of Mistral-7B instead of 93.
+    """
+    # nothing to fuse with it, and its lengths keep changing; not a decorator: it imports the compiler, two seconds
+    attention.attend = torch.compiler.disable(attention.attend)
+    torch._functorch.config.activation_memory_budget = 0.8
+    for block in model.model.layers:
+        block.compile()
+
+
 def _install(model: Decoder) -> None:
     for block in model.model.layers:
         if supports(block):
             block.__class__ = FastBlock
+        experts.install(block)
     model.context_class = FastContext
 
 
@@ -68,21 +82,10 @@ def describe_attention(model: Decoder, dtype: torch.dtype, length: int, packed: 
     c = model.config
     if not is_applied(model):
         return f"PyTorch's kernel for {model.device.type} with a mask over all pairs"
-    layers: list[Any] = [block.self_attn for block in model.model.layers]
-    kinds = dict.fromkeys((layer.head_dim, attention.within(layer.scores, length)) for layer in layers)
+    mixers: list[Any] = [block.mixer for block in model.model.layers if hasattr(block.mixer, "scores")]
+    kinds = dict.fromkeys((mixer.head_dim, attention.within(mixer.scores, length)) for mixer in mixers)
     heads = partial(torch.empty, 1, length, c.num_heads, dtype=dtype, device=model.device)
     return "; ".join(dict.fromkeys(attention.describe(heads(size), scores, packed) for size, scores in kinds))
-
-
-def compile_blocks(model: Any) -> None:
-    """Fuse the operations between matrix products, block by block; backward recomputes elementwise results.
-
-    With a full memory budget the compiler keeps them: 145 KiB per token and layer of Mistral-7B instead of 93.
-    """
-    torch._functorch.config.activation_memory_budget = 0.8
-    torch._dynamo.config.recompile_limit = 8 + 2 * len(model.model.layers)  # blocks that share tensors differ in names
-    for block in model.model.layers:
-        block.compile()
 
 
 def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
@@ -106,11 +109,17 @@ def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
     """A model of two layers with the same switches, with every trained parameter away from its initial value."""
     sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
     sizes |= {"num_heads": 4, "num_kv_heads": 4 if config.qkv == "interleaved" else 2, "head_dim": 8}
+    # the first layer and one that differs from it in what mixes positions, or the last
+    other = next((i for i, mixer in enumerate(config.mixers) if mixer != config.mixers[0]), -1)
     times = 1 + any("source" in own for own in config.layers)
     sizes |= {"num_layers": 2 * times, "per_layer_size": config.per_layer_size and 8}
-    of_layers = {name: value for name, value in vars(config).items() if isinstance(value, tuple) and value}
-    sizes |= {name: (value[0], value[-1]) * times for name, value in of_layers.items()}
+    of_layers = {name: value for name, value in vars(config).items() if value and type(value) is tuple}
+    sizes |= {name: (value[0], value[other]) * times for name, value in of_layers.items()}
     sizes["layers"] = tuple(_toy_layer(own, number) for number, own in enumerate(sizes.get("layers", ())))
+    sizes["delta"] = config.delta and DeltaNetSizes(2, 4, 4, 6)
+    if routing := config.routing:
+        layers = routing.layers[0], routing.layers[other]
+        sizes["routing"] = replace(routing, layers=layers, experts=4, chosen=min(routing.chosen, 2), width=8)
     sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
     sizes["ropes"] = tuple(
         rope and replace(rope, kind="default", context=3, head_dim=rope.head_dim and 12) for rope in sizes["ropes"]
@@ -161,12 +170,12 @@ def _answer(model: Decoder) -> Tensor:
     lengths = torch.full((batch, 1), length)
     rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64, lengths)
     tables = FastCacheContext.tables(rotations, torch.ones(batch, length, dtype=torch.bool))
-    sizes = [(one.num_kv_heads, length, one.head_dim) for one in model.config.by_layer]
-    keys, values = ([torch.zeros(batch, *size, dtype=torch.float64) for size in sizes] for _ in range(2))
-    hidden = []
+    caches = [(batch, one.num_kv_heads, length, one.head_dim) for one in model.config.by_layer]
+    keys, values = (dict(enumerate(torch.zeros(size, dtype=torch.float64) for size in caches)) for _ in range(2))
+    hidden, kept = [], dict[tuple[int, str], Tensor]()
     for slot in range(length):
         x = model.embed(IDS[:, slot : slot + 1], torch.tensor([[slot]]))
-        context = FastCacheContext(tables, keys, values, slot, 0)
+        context = FastCacheContext(tables, keys, values, slot, 0, kept)
         context.tensors |= per_layer.embeddings(model.model, IDS[:, slot : slot + 1], x)
         for block in blocks:
             x = block(x, context)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoft.attention import AttentionLayer, Documents, Scores, SequenceContext
-from nanoft.kernels import fused, metal
+from nanoft.kernels import deltanet, fused, metal
 from nanoft.model import SelfAttention
 
 SIMILAR = 0.8  # documents of at least this share of the longest one's length are batched with it
@@ -30,7 +30,10 @@ CHUNK = 256  # queries at a time in `_Chunked`: their weights fit into a CPU's c
 
 
 class FastContext(SequenceContext):
-    """A `SequenceContext` with a rotation in two passes and an attention without masks, for exactly `SelfAttention`."""
+    """A `SequenceContext` with a rotation in two passes and an attention without masks, for exactly `SelfAttention`,
+    and with the delta rule in chunks."""
+
+    rule = staticmethod(deltanet.delta_rule)
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         if layer.rope is None or torch.compiler.is_compiling() or not is_known(layer):
@@ -43,7 +46,19 @@ class FastContext(SequenceContext):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
         if not is_known(layer):
             return super().attend(q, k, v, layer)
-        return attend(q, k, v, layer.scores, self.documents)
+        return attend(q, k, v, layer.scores, self.documents, layer.sinks)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as `attend`
+    def scan(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, layer: Any) -> Tensor:
+        if self.documents is None:
+            return self.rule(q, k, v, decay, beta)[0]
+        return in_groups(lambda *parts: self.rule(*parts)[0], self.documents, q, k, v, decay, beta)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def convolve(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
+        if weight.requires_grad:
+            return super().convolve(x, weight, layer)
+        return deltanet.Convolution.apply(x, weight.to(x.dtype), self.documents and self.documents.lengths)
 
 
 def describe(q: Tensor, scores: Scores, packed: bool) -> str:
@@ -70,22 +85,26 @@ def within(scores: Scores, length: int) -> Scores:
     return scores._replace(window=None) if scores.window is not None and scores.window >= length else scores
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # nothing to fuse with it, and its lengths keep changing
-def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Causal attention of q, (b, q, h, d), to k and v, (b, q, g, d), h a multiple of g: (b, q, h, d)."""
     scores = within(scores, q.shape[1])
     if documents is None:
-        return _causal(q, k, v, scores)
-    flat = [part.flatten(0, 1) for part in (q, k, v)]  # (b * q, heads, d): the sequences end to end
+        return _causal(q, k, v, scores, sinks)
     if has_varlen(q, scores):
-        return _varlen(flat, documents, scores).view_as(q)
+        return _varlen([part.flatten(0, 1) for part in (q, k, v)], documents, scores).view_as(q)
+    return in_groups(lambda q, k, v: _causal(q, k, v, within(scores, q.shape[1]), sinks), documents, q, k, v)
+
+
+def in_groups(function: Callable[..., Tensor], documents: Documents, *parts: Tensor) -> Tensor:
+    """A causal function of sequences, (b, q, ...), of each document alone, documents of similar length batched."""
+    flat = [part.flatten(0, 1) for part in parts]  # (b * q, ...): the sequences end to end
     (groups, order), outputs = group_documents(documents), []
     for places, real in groups:
         ours = [part.index_select(0, places.flatten()).unflatten(0, places.shape) for part in flat]
-        outputs.append(
-            _causal(ours[0], ours[1], ours[2], within(scores, places.shape[1])).flatten(0, 1).index_select(0, real)
-        )
-    return torch.cat(outputs).index_select(0, order).view_as(q)
+        outputs.append(function(*ours).flatten(0, 1).index_select(0, real))
+    return torch.cat(outputs).index_select(0, order).unflatten(0, parts[0].shape[:2])
 
 
 @functools.lru_cache(maxsize=1)  # once for all layers
@@ -110,19 +129,20 @@ def group_documents(documents: Documents) -> tuple[list[tuple[Tensor, Tensor]], 
 
 
 def _needs_chunks(q: Tensor, scores: Scores) -> bool:
-    """PyTorch's kernels have no windows, no caps and, on CUDA, no large heads; others keep all weights or are slow."""
+    """PyTorch's kernels have no windows, caps, sinks or, on CUDA, large heads; others keep all weights."""
     return (
         scores.window is not None
         or scores.cap is not None
+        or scores.sinks
         or metal.needs_chunks(q)
         or (q.is_cuda and q.shape[-1] > MOST_DIMENSIONS)
         or (q.device.type == "cpu" and q.dtype == torch.bfloat16)
     )
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:
     if _needs_chunks(q, scores):
-        return _Chunked.apply(q, k, v, scores)
+        return _Chunked.apply(q, k, v, sinks, scores)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, q, d)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=True)
     return y.transpose(1, 2)
@@ -141,8 +161,8 @@ def _varlen_kernel() -> Any:
 
 def has_varlen(q: Tensor, scores: Scores) -> bool:
     """Whether one kernel can attend to documents of different lengths."""
-    is_known = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= MOST_DIMENSIONS
-    return is_known and scores.cap is None and _varlen_kernel() is not None
+    is_supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= MOST_DIMENSIONS
+    return is_supported and scores.cap is None and not scores.sinks and _varlen_kernel() is not None
 
 
 def _varlen(flat: list[Tensor], documents: Documents, scores: Scores) -> Tensor:
@@ -159,43 +179,48 @@ class _Chunked(torch.autograd.Function):
         S = scale q k^T,  P = softmax(S),  y = P v
         dv = P^T dy,  dP = dy v^T,  dS = P (dP - sum_k P dP),  dq = scale dS k,  dk = scale dS^T q
 
-    With a cap P = softmax(C), C = cap tanh(S / cap), and dS = dC (1 - (C / cap)^2).
+    With a cap P = softmax(C), C = cap tanh(S / cap), and dS = dC (1 - (C / cap)^2). With sinks the rows of P do not add
+    up to 1, and the rest p times -(sum_k P dP) is their gradient.
     The h / g query heads that share a key head are stacked into one matrix.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> Tensor:
+        ctx.save_for_backward(q, k, v, sinks)
         ctx.scores = scores
         keys, values = (_grouped(t, len(t) * t.shape[2]) for t in (k, v))  # (b g, k, d)
         y = torch.empty_like(q)
         for here, seen in _chunks(q.shape[1], scores.window):
-            p, _ = _weights(q[:, here], keys[:, seen], here.start - seen.start, scores)
+            p, _ = _weights(q[:, here], keys[:, seen], here.start - seen.start, scores, sinks)
             y[:, here] = _ungrouped(p @ values[:, seen], y[:, here])
             del p  # before the next chunk's
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks = ctx.saved_tensors
         keys, values = (_grouped(t, len(t) * t.shape[2]) for t in (k, v))
         dq, scale = torch.empty_like(q), ctx.scores.scale
         wide = torch.promote_types(k.dtype, torch.float32)  # of the sums over chunks
         dk, dv = (torch.zeros(keys.shape, dtype=wide, device=q.device) for _ in range(2))
+        d_sinks = torch.zeros_like(sinks, dtype=wide) if ctx.needs_input_grad[3] else None
         for here, seen in _chunks(q.shape[1], ctx.scores.window):
-            p, slope = _weights(q[:, here], keys[:, seen], here.start - seen.start, ctx.scores)  # (b g, h/g q, k)
+            p, slope = _weights(q[:, here], keys[:, seen], here.start - seen.start, ctx.scores, sinks)
             dy = _grouped(grad_outputs[0][:, here], keys.shape[0])
             dv[:, seen] += p.transpose(1, 2) @ dy
             dp = dy @ values[:, seen].transpose(1, 2)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # (b g, h/g q, k)
+            if d_sinks is not None:
+                rest = (p.sum(-1, dtype=wide) - 1) * (p * dp).sum(-1, dtype=wide)  # (b g, h/g q)
+                d_sinks += rest.view(len(q), len(sinks), -1).sum((0, 2))
             ds = ds if slope is None else ds * slope
             del p, dp, slope  # memory is at its peak here
             dk[:, seen] += ds.transpose(1, 2) @ _grouped(q[:, here], keys.shape[0])
             dq[:, here] = _ungrouped(ds @ keys[:, seen], dq[:, here])
             del ds  # before the next chunk's p
         unheaded = [t.to(k.dtype).unflatten(0, (len(k), -1)).transpose(1, 2) for t in (dk.mul_(scale), dv)]
-        return dq.mul_(scale), *unheaded, None
+        return dq.mul_(scale), *unheaded, None if d_sinks is None else d_sinks.to(sinks.dtype), None
 
 
 def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
@@ -206,7 +231,9 @@ def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(first, end)
 
 
-def _weights(q: Tensor, keys: Tensor, offset: int, scores: Scores) -> tuple[Tensor, Tensor | None]:
+def _weights(
+    q: Tensor, keys: Tensor, offset: int, scores: Scores, sinks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """P of a chunk, (b g, h/g q, k), whose first query has the position of key `offset`; with a cap also dC/dS."""
     length, repeats = q.shape[1], q.shape[0] * q.shape[2] // keys.shape[0]
     unseen = torch.full((length, keys.shape[1]), -torch.inf, dtype=q.dtype, device=q.device)
@@ -215,9 +242,14 @@ def _weights(q: Tensor, keys: Tensor, offset: int, scores: Scores) -> tuple[Tens
         hidden = hidden + unseen.tril(offset - scores.window)
     queries, hidden = _grouped(q, len(keys)), hidden.repeat(repeats, 1)[None]
     if scores.cap is None:
-        return torch.baddbmm(hidden, queries, keys.transpose(1, 2), alpha=scores.scale).softmax(-1), None
-    capped = torch.tanh(queries @ keys.transpose(1, 2) * (scores.scale / scores.cap))
-    return torch.add(hidden, capped, alpha=scores.cap).softmax(-1), 1 - capped.square()
+        s, slope = torch.baddbmm(hidden, queries, keys.transpose(1, 2), alpha=scores.scale), None
+    else:
+        capped = torch.tanh(queries @ keys.transpose(1, 2) * (scores.scale / scores.cap))
+        s, slope = torch.add(hidden, capped, alpha=scores.cap), 1 - capped.square()
+    if sinks is None:
+        return s.softmax(-1), slope
+    own = sinks.to(s.dtype).repeat_interleave(length).view(-1, s.shape[1], 1).repeat(len(q), 1, 1)
+    return torch.cat((s, own), dim=-1).softmax(-1)[..., :-1], slope
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

@@ -18,8 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from nanoft.attention import SequenceContext
-from nanoft.blocks.norms import NORM_KINDS
+from nanoft.blocks.deltanet import GatedDeltaNet
+from nanoft.blocks.norms import NORM_KINDS, RMSNorm
 from nanoft.blocks.per_layer import finish
+from nanoft.blocks.short_conv import ShortConv
 from nanoft.kernels import fused
 from nanoft.kernels.attention import FastContext
 from nanoft.lora import VARIANTS, LoRALinear
@@ -27,6 +29,7 @@ from nanoft.model import MLP, Block, SelfAttention, identity, select
 from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, matmul_backward
 
 LINEARS = {nn.Linear, Linear4bit, Linear8bit}
+OUTPUTS: dict[type[nn.Module], str] = {SelfAttention: "o_proj", GatedDeltaNet: "out_proj", ShortConv: "out_proj"}
 Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 
 
@@ -38,50 +41,59 @@ class FastBlock(Block):
     """
 
     def forward(self, x: Tensor, context: SequenceContext, target_positions: Tensor | None = None) -> Tensor:
-        if self.self_attn._forward_hooks or self.mlp._forward_hooks:
+        mixer = self.mixer
+        if mixer._forward_hooks or self.mlp._forward_hooks:
             return super().forward(x, context, target_positions)
-        if supports_attention(self):
-            attn = self.self_attn
-            projected = grouped_linear([getattr(attn, name) for name in attn.inputs], *normed(self.norm(0), x))
-            rotation = context.rotations[attn.rope] if type(context) is FastContext and attn.rope is not None else None
-            heads = fused.heads(attn, projected, rotation) or attn.heads(projected, context)
-            y = select(context.attend(*heads, attn).flatten(2), target_positions)
-            x = select(x, target_positions)
-            y = self.add(x, self.norm(1)(grouped_linear((attn.o_proj,), identity, y)[0]))
+        if supports_mixer(self):
+            projected = grouped_linear([getattr(mixer, name) for name in mixer.inputs], *normed(self.norm(0), x))
+            mix, output = _attend if type(mixer) is SelfAttention else type(mixer).mix, OUTPUTS[type(mixer)]
+            x, *mixed = (select(part, target_positions) for part in (x, *mix(mixer, projected, context)))
+            gate = mixer.gate if len(mixed) > 1 else identity
+            y = self.add(x, self.norm(1)(grouped_linear((getattr(mixer, output),), gate, *mixed)[0]))
         else:
-            y = self.add(x, self.norm(1)(self.self_attn(self.norm(0)(x), context)))
+            y = self.add(x, self.norm(1)(mixer(self.norm(0)(x), context)))
             x, y = select(x, target_positions), select(y, target_positions)
         x = x if self.parallel else y
         if not supports_mlp(self):
             return finish(self, self.add(y, self.norm(3)(self.mlp(self.norm(2)(x)))), context, target_positions)
-        mlp = self.mlp
-        projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], *normed(self.norm(2), x))
-        y = self.add(y, self.norm(3)(grouped_linear((mlp.down_proj,), fused.activation(mlp, x), *projected)[0]))
+        y = self.add(y, self.norm(3)(grouped_mlp(self.mlp, *normed(self.norm(2), x))))
         return finish(self, y, context, target_positions)
 
 
 def supports(block: nn.Module) -> bool:
     """Whether at least one half of a block consists of exactly the types that are known here."""
-    return type(block) is Block and (supports_attention(block) or supports_mlp(block))
+    return type(block) is Block and (supports_mixer(block) or supports_mlp(block))
 
 
-def supports_attention(block: Block) -> bool:
-    return _is_known(block.norm(0), block.self_attn, SelfAttention)
+def supports_mixer(block: Block) -> bool:
+    """Recomputing its gate, a GatedDeltaNet's norm is no input: its weight can be trained only as another type."""
+    known = type(block.mixer) in OUTPUTS and type(getattr(block.mixer, "norm", None)) in (RMSNorm, type(None))
+    return known and is_known(block.norm(0), block.mixer)
 
 
 def supports_mlp(block: Block) -> bool:
-    return _is_known(block.norm(2), block.mlp, MLP)
+    return type(block.mlp) is MLP and is_known(block.norm(2), block.mlp)
 
 
-def _is_known(norm: Any, half: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether norm, half and its linears are of exactly the known types: a subclass may compute something else."""
-    linears = [module for name, module in half.named_children() if name.endswith("_proj")]
+def is_known(norm: Any, half: nn.Module) -> bool:
+    """Whether norm and linears are of exactly the known types: a subclass may compute something else."""
+    linears = [module for name, module in half.named_children() if "_proj" in name]
     adapted = [linear.base if type(linear) in VARIANTS.values() else linear for linear in linears]
-    return (
-        (type(norm) in NORM_KINDS.values() or norm is identity)
-        and type(half) is kind
-        and {type(linear) for linear in adapted} <= LINEARS
-    )
+    return (type(norm) in NORM_KINDS.values() or norm is identity) and {type(linear) for linear in adapted} <= LINEARS
+
+
+def _attend(attn: SelfAttention, projected: list[Tensor], context: SequenceContext) -> tuple[Tensor, ...]:
+    """What attention collects, (b, q, h * d), and the projection that has its gate, if it has one."""
+    rotation = context.rotations[attn.rope] if type(context) is FastContext and attn.rope is not None else None
+    heads = fused.heads(attn, projected, rotation) or attn.heads(projected, context)
+    y = context.attend(*heads, attn).flatten(2)
+    return (y, projected[0]) if attn.gated else (y,)
+
+
+def grouped_mlp(mlp: Any, prepare: Prepare, *inputs: Tensor) -> Tensor:
+    """mlp(prepare(*inputs)); of what it computes, the projections alone are kept."""
+    projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], prepare, *inputs)
+    return grouped_linear((mlp.down_proj,), fused.activation(mlp, inputs[0]), *projected)[0]
 
 
 def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:

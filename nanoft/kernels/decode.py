@@ -18,9 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import AttentionLayer, CacheContext, Rotation
+from nanoft.blocks.deltanet import GatedDeltaNet
+from nanoft.blocks.moe import Experts
 from nanoft.blocks.norms import NORM_KINDS
+from nanoft.blocks.short_conv import ShortConv
 from nanoft.blocks.trained import PACKED
 from nanoft.kernels.block import LINEARS, FastBlock
+from nanoft.kernels.experts import FastExperts, FastMLP
 from nanoft.lora import VARIANTS, LoRALinear, linears_of, weight_of
 from nanoft.model import MLP, Block, Decoder, SelfAttention
 from nanoft.runtime.memory import available_bytes, available_host_bytes
@@ -28,6 +32,7 @@ from nanoft.runtime.memory import available_bytes, available_host_bytes
 Function = Callable[..., Tensor]
 Build = Callable[[Tensor, Tensor | None], Function]  # a linear from its weight and bias
 MEMORY_SHARE = 0.5  # largest share of the free memory for a second copy of the weights
+METHODS = (types.FunctionType, staticmethod, property)
 CACHED_BYTES = 16e6  # float32 weights up to this size fit into a processor's caches, so their order does not matter
 
 
@@ -53,7 +58,7 @@ class FastCacheContext(CacheContext):
         return q if growth is None else q * growth, k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        if layer.scores.cap is not None:
+        if layer.scores.cap is not None or layer.scores.sinks:
             return super().attend(q, k, v, layer)
         keys, values, seen = self.write(k, v, layer)
         # the h / g query heads of a key head become h / g queries, so that no key is repeated
@@ -70,8 +75,10 @@ def twin(module: Any, build: Build | None) -> Function:
     """
     if isinstance(module, FastBlock):
         return _twin_class(Block)(module, build)
-    kind: Any = type(module)
-    if kind in (SelfAttention, MLP):
+    kind: Any = {FastMLP: MLP, FastExperts: Experts}.get(type(module), type(module))
+    if kind is nn.ModuleList:
+        return [twin(child, build) for child in module]  # type: ignore[return-value]
+    if kind in (SelfAttention, GatedDeltaNet, ShortConv, MLP, Experts):
         return _twin_class(kind)(module, build)
     if kind in VARIANTS.values():
         return adapted(module, build) if module.enabled else twin(module.base, build)
@@ -93,8 +100,9 @@ class Twin:
         for name, value in vars(module).items():
             if not name.startswith("_"):
                 setattr(self, name, value)
-        for name, parameter in module._parameters.items():
-            setattr(self, name, parameter)
+        self.training = False
+        for name, own in module._parameters.items():
+            setattr(self, name, own)
         for name, child in module._modules.items():
             setattr(self, name, None if child is None else twin(child, build))
 
@@ -106,7 +114,7 @@ class Twin:
 def _twin_class(kind: Any) -> type[Twin]:
     """`Twin` with the methods of a module's class, which are bound when called, so that a twin frees its weights."""
     public = {name: value for name, value in vars(kind).items() if not name.startswith("_")}
-    methods = {name: value for name, value in public.items() if isinstance(value, types.FunctionType | staticmethod)}
+    methods = {name: value for name, value in public.items() if isinstance(value, METHODS)}
     return type(kind.__name__, (Twin,), methods)
 
 

@@ -55,7 +55,7 @@ def normed(norm: RMSNorm, x: Tensor) -> tuple[Any, ...]:
 def activation(mlp: MLP, x: Tensor) -> Any:
     """`mlp.activate` as a function of its projections, of which x is one."""
     kind = next((name for name, function in ACTIVATIONS.items() if function is mlp.activation), "")
-    if not kernels(x) or mlp.is_plain or not kind:
+    if not kernels(x) or mlp.is_plain or mlp.limit is not None or not kind:
         return mlp.activate
 
     def activate(*projected: Tensor) -> Tensor:
@@ -66,10 +66,10 @@ def activation(mlp: MLP, x: Tensor) -> Any:
 
 
 def heads(attn: SelfAttention, projected: list[Tensor], rotation: Rotation | None) -> Heads | None:
-    """`SelfAttention.heads` with one kernel for norm and rotation; None without such norms or without rotation."""
+    """`SelfAttention.heads` with a kernel for norm and rotation; None without such norms or rotation, or with gates."""
     norms = [norm for norm in (attn.q_norm, attn.k_norm) if type(norm) is RMSNorm and not norm.weight.requires_grad]
-    has_others = attn.over_width or attn.v_norm is not identity
-    if rotation is None or len(norms) < 2 or has_others or not kernels(projected[0]):
+    special = attn.over_width or attn.gated or attn.v_norm is not identity
+    if rotation is None or len(norms) < 2 or special or not kernels(projected[0]):
         return None
     parts = projected if len(projected) == 3 else projected[0].split(attn.widths, dim=-1)
     q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)

@@ -1,11 +1,11 @@
 """Frozen blocks in host memory, copied to the device one by one: a base of 14 GB on a GPU of 8 GB.
 
     host     the frozen weights of every block, in one buffer each; pinned, so that kernels run while it is copied
-    device   those of the block that computes and of the next one; embedding, head, adapters and norms
+    device   those of the block that computes and of the next one; embedding, head and adapters
 
-Before block i computes, block i + 1 is requested, on a stream of its own. Every block is recomputed (recompute.py), so
-backward calls the blocks once more, from the last to the first, and block i - 1 is requested then. The blocks do not
-know about it: a hook comes before each call, and lets the module's parameters be views of the buffer on the device.
+Before block i computes, block i + 1 is requested, on a separate stream. Every block is recomputed (recompute.py), so
+backward calls the blocks once more, from the last to the first, and requests block i - 1. The blocks do not know about
+it: a hook before each call makes the module's parameters views of the buffer on the device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALIGNED = 256  # bytes: where a tensor may begin in a buffer
 
 
 def keep_on_host(module: nn.Module) -> None:
-    """Move to host memory what was loaded of a module."""
+    """Move the loaded tensors of a module to host memory."""
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         if not tensor.is_meta:
             tensor.data = tensor.data.cpu()
@@ -34,8 +34,9 @@ def keep_on_host(module: nn.Module) -> None:
 
 def stream_blocks(model: Decoder, device: torch.device) -> None:
     """Keep the frozen weights of the blocks in host memory, and everything else on the device."""
-    stream = BlockStream([_HostBlock(block, device) for block in model.model.layers], device)
-    for index, block in enumerate(model.model.layers):
+    blocks: list[Any] = list(model.model.layers)
+    stream = BlockStream([_HostBlock(block, device) for block in blocks], device)
+    for index, block in enumerate(blocks):
         block.arrive = functools.partial(stream.before, index, block)
         block.register_forward_pre_hook(lambda module, _: module.arrive())
 
@@ -57,13 +58,14 @@ class _HostBlock:
     def __init__(self, block: nn.Module, device: torch.device):
         self.places: list[tuple[dict[str, Any], str]] = []  # where modules look their tensors up
         for module in block.modules():
-            for held in (module._parameters, module._buffers):
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in stores:
                 for name, tensor in held.items():
                     if tensor is not None and not (tensor.requires_grad or isinstance(module, Adapter)):
                         self.places.append((held, name))
                     elif tensor is not None:
                         tensor.data = tensor.data.to(device)
-        tensors = [held[name] for held, name in self.places]
+        tensors: list[Tensor] = [held[name] for held, name in self.places]
         ends = [-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in tensors]
         self.buffer = torch.empty(sum(ends), dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.shapes = [

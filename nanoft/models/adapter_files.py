@@ -15,7 +15,6 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from nanoft.lora import (
     weight_of,
 )
 from nanoft.model import Decoder, DecoderConfig
+from nanoft.models.expert_files import GATE_UP, split_gate_up, stack_adapter, stack_name, unstack_adapter
 from nanoft.models.families import FAMILIES, file_name, module_name
 from nanoft.models.model_files import TOWERS, split_reference, standard_name
 
@@ -62,7 +62,7 @@ SPELLINGS = [
 PEFT_FIELDS = """
     base_model_name_or_path r lora_alpha lora_dropout target_modules fan_in_fan_out task_type auto_mapping peft_version
     inference_mode revision megatron_core qalora_group_size runtime_config rank_pattern alpha_pattern
-    exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices
+    exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices target_parameters
 """.split()  # noqa: SIM905
 # ... and fields that do change it, with the supported values. Any other field must be unset.
 PEFT_VALUES: dict[str, tuple[Any, ...]] = {
@@ -131,8 +131,14 @@ def save_adapter(
     """Write adapter_model.safetensors, adapter_config.json and nanoft.json, which holds `note`."""
     directory.mkdir(parents=True, exist_ok=True)
     plain, tensors = as_plain_lora(lora, adapter_tensors(adapters))
-    rename, own_names = partial(name_in_peft, model.config), model.config.wrapped or FAMILIES[model.config.family].names
-    write_tensors(directory / "adapter_model.safetensors", {rename(name): t for name, t in tensors.items()})
+    family, stored = FAMILIES[model.config.family], {name_in_peft(model.config, name): t for name, t in tensors.items()}
+    own_names = model.config.wrapped or family.names or family.stacked
+    write_tensors(directory / "adapter_model.safetensors", stack_adapter(stored) if family.stacked else stored)
+
+    def rename(module: str) -> str:
+        name = name_in_peft(model.config, module)
+        return stack_name(f"{name}.weight").removesuffix(".weight") if family.stacked else name
+
     if own_names and (plain.rank_pattern or plain.alpha_pattern):  # expressions for the decoder's names
         ranks = ranks_of(tensors)
         alphas = {name: by_pattern(plain.alpha_pattern, name, plain.alpha) for name in ranks}
@@ -141,7 +147,10 @@ def save_adapter(
     low_rank = {rename(name) for name, adapter in adapters.items() if isinstance(adapter, LoRALinear)}
     bare = {name.rpartition(".")[2] for name in map(rename, linears_of(model)) if name not in low_rank}
     bare |= {name.rpartition(".")[2] for name in low_rank if model.config.wrapped}  # those of the other towers
-    targets = sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in low_rank})
+    parameters = {name for name in low_rank if family.stacked and (".experts." in name or name.endswith(".router"))}
+    modules = low_rank - parameters
+    targets = sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in modules})
+    parameters = {f"{name}.weight" if name.endswith(".router") else name for name in parameters}
     saved = [rename(name) for name, adapter in adapters.items() if getattr(adapter, "copy", None) is not None]
     trained = {rename(name): a.ids.tolist() for name, a in adapters.items() if isinstance(a, TrainedRows)}
     rows = {name.rpartition(".")[2]: ids for name, ids in trained.items()}
@@ -151,9 +160,11 @@ def save_adapter(
         "base_model_name_or_path": base, "revision": revision,
         "r": plain.rank, "lora_alpha": plain.alpha,
         "rank_pattern": plain.rank_pattern, "alpha_pattern": plain.alpha_pattern,
-        "lora_dropout": plain.dropout, "target_modules": targets,
+        "lora_dropout": 0.0 if model.config.routing else plain.dropout,  # PEFT refuses another one for experts
+        "target_modules": targets,
         "use_rslora": plain.rslora, "use_dora": plain.dora, "bias": plain.bias,
         "fan_in_fan_out": FAMILIES[model.config.family].transposed, "inference_mode": True, "init_lora_weights": True,
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         **({"modules_to_save": saved} if saved else {}), **({"trainable_token_indices": rows} if rows else {}),
     }  # fmt: skip
     write_json(directory / "adapter_config.json", config)
@@ -227,6 +238,20 @@ def fold_patterns(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
     return replace(lora, rank=rank, alpha=scale * rank, rank_pattern={}, alpha_pattern={}, rslora=False), folded
 
 
+def fit_experts(
+    config: DecoderConfig, lora: LoRAConfig, tensors: dict[str, Tensor]
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The adapter for a decoder whose experts may have gate and up apart, where PEFT's files have them together."""
+    if config.mlp != "gated" or not any(f".experts.0.{GATE_UP}." in name for name in tensors):
+        return lora, tensors
+    split, alphas = split_gate_up(tensors), dict[str, float]()
+    ranks = ranks_of(split)
+    for name, rank in ranks.items():  # their scaling is as it was
+        together = re.sub(r"(\.experts\.\d+)\.(gate|up)_proj$", rf"\1.{GATE_UP}", name)
+        alphas[name] = _scaling(lora, together) * (math.sqrt(rank) if lora.rslora else rank)
+    return _with_ranks(lora, ranks, alphas), split
+
+
 def _scaling(lora: LoRAConfig, name: str) -> float:
     """s of a module: alpha / r, or alpha / sqrt(r)."""
     rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
@@ -284,7 +309,10 @@ def save_mlx(
     There A and B are transposed, lora_a (in, r) and lora_b (r, out), and all modules share one rank and one scale:
     smaller ranks are padded with zeros, and other scales folded into lora_b. Trained biases are refused.
     """
-    linears = only_linears(adapters, "--format mlx: mlx-lm", "merge the adapter with --format hf")
+    fix = "merge the adapter with --format hf"
+    if shape.routing and any(".experts." in name for name in adapters):
+        raise UserError(f"--format mlx: mlx-lm has stacks of experts, which are not written here: {fix}")
+    linears = only_linears(adapters, "--format mlx: mlx-lm", fix)
     plain, stored = fold_patterns(*as_plain_lora(lora, adapter_tensors(adapters)))
     parts = {A: "lora_a", B: "lora_b", "lora_magnitude_vector": "m"}
     tensors = dict[str, Tensor]()
@@ -319,7 +347,9 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
         raise UserError(f"{pickle}: pickles can run code and are not read: save the adapter again with a newer PEFT")
     if not weights.is_file():
         raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
-    tensors, places = standard_names(load_tensors(weights), weights)
+    tensors, places = standard_names(unstack_adapter(config, load_tensors(weights)), weights)
+    if config.get("target_parameters"):  # expressions mean the stacks
+        places = {name: re.sub(r"(\.experts)\.\d+(?=\.)", r"\1", place) for name, place in places.items()}
     parts = [_split(name) for name in tensors]
     with_a, with_b = ({module for module, part in parts if part == factor} for factor in (A, B))
     if (incomplete := sorted(with_a ^ with_b)) or not any(part.startswith("lora_") for _, part in parts):

@@ -16,14 +16,26 @@ from functools import partial
 from typing import Any
 
 from nanoft import UserError
+from nanoft.blocks.deltanet import DeltaNetSizes
 from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig
 from nanoft.models import gemma4
+from nanoft.models.expert_families import (
+    GPT_OSS,
+    GPT_OSS_ONLY,
+    NO_AUXILIARY_LOSS,
+    QWEN3_MOE,
+    ROUTER,
+    SIZES_OF_EXPERTS,
+    gpt_oss,
+    qwen3_moe,
+)
 from nanoft.models.layer_fields import (
     KINDS,
     ROPE_FIELDS,
     Fields,
     current_form,
+    read_mixers,
     read_rope,
     read_ropes,
     read_windows,
@@ -45,6 +57,7 @@ class Family:
     field_names: dict[str, str] = field(default_factory=dict)  # READ_FIELDS -> their names in its config.json
     names: tuple[tuple[str, str], ...] = ()  # parts of names in files, and their names in the decoder
     transposed: bool = False  # the weights of linears in blocks are stored as (in, out) (Conv1D in transformers)
+    stacked: bool = False  # experts are stored as stacks of (in, out): see expert_files.py
 
 
 # Fields of a config.json that are read or checked for every family ...
@@ -74,6 +87,7 @@ SCORES = "ForSequenceClassification"  # the end of an architecture's name, inste
 MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13, "n_positions": 1 << 24,
+    **SIZES_OF_EXPERTS,
 }  # fmt: skip
 OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")  # of a wrapper, for all towers
 
@@ -86,7 +100,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     refuse_code(hf)
     wrapped, hf = text_fields(hf) is not hf, standard_fields(hf)
     for name, most in MOST.items():  # before anything of that size is allocated
-        value, may_be_null = hf.get(name, 1), name in ("num_key_value_heads", "head_dim", "n_positions")
+        value, may_be_null = hf.get(name, 1), name.startswith(("num_key", "head_dim", "n_pos", "num_experts", "moe_"))
         if not (value is None and may_be_null) and (type(value) is not int or not 1 <= value <= most):
             raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
     family = find_family(hf)
@@ -331,6 +345,37 @@ def _granite4(hf: Fields) -> dict[str, Any]:
     return {**_granite(hf), "mlp": "fused", "mlp_bias": False, "ropes": (rope,) * hf["num_hidden_layers"]}
 
 
+def _qwen3_5(hf: Fields) -> dict[str, Any]:
+    """Three of four layers are DeltaNets; the others gate their attention, and rotate a quarter of each head."""
+    n, layers = hf.get("full_attention_interval") or 4, hf["num_hidden_layers"]
+    mixers = read_mixers(hf, "linear_attention", [(layer + 1) % n == 0 for layer in range(layers)])
+    sizes = (("num_key_heads", 16), ("num_value_heads", 32), ("key_head_dim", 128), ("value_head_dim", 128))
+    rope = read_rope({"partial_rotary_factor": 0.25, **hf})
+    return {
+        **_attention_bias(hf), "norm_offset": 1.0, "qk_norm": "head", "head_dim": hf.get("head_dim") or 256,
+        "gated_attention": True, "mixers": mixers, "conv_kernel": hf.get("linear_conv_kernel_dim", 4),
+        "delta": DeltaNetSizes(*(hf.get(f"linear_{name}", size) for name, size in sizes)), "ropes": (rope,) * layers,
+    }  # fmt: skip
+
+
+def _lfm2(hf: Fields) -> dict[str, Any]:
+    """Convolutions over three positions, with some layers of attention between them; the MLP's width is computed."""
+    n, full, width = hf["num_hidden_layers"], hf.get("full_attn_idxs"), hf["intermediate_size"]
+    mixers = read_mixers(hf, "conv", [full is None or layer in full for layer in range(n)])
+    if hf.get("block_auto_adjust_ff_dim", True):
+        width = int(2 * width / 3)
+        if (factor := hf.get("block_ffn_dim_multiplier", 1.0)) is not None:
+            multiple = hf.get("block_multiple_of", 256)
+            width = math.ceil(int(factor * width) / multiple) * multiple
+    eps = hf.get("rms_norm_eps")
+    return {
+        "qk_norm": "head", "mixers": mixers, "conv_kernel": hf.get("conv_L_cache", 3),
+        "intermediate_size": width, "norm_eps": 1e-5 if eps is None else eps,
+        "ropes": (read_rope({"rope_theta": 1e6, **hf}),) * n,
+        "tied": hf.get("tie_embedding", hf.get("tie_word_embeddings", True)),
+    }  # fmt: skip
+
+
 def _seed_oss(hf: Fields) -> dict[str, Any]:
     return {"qkv_bias": hf.get("attention_bias", True), "o_bias": hf.get("attention_out_bias", False),
             "mlp_bias": hf.get("mlp_bias", False), "head_dim": hf.get("head_dim") or 128}  # fmt: skip
@@ -384,6 +429,22 @@ GRANITE4 = """
 """.split()  # noqa: SIM905
 GRANITE4_NAMES = (("shared_mlp.input_linear", "mlp.gate_up_proj"), ("shared_mlp.output_linear", "mlp.down_proj"))
 BIASES = ("attention_bias", "mlp_bias")
+# The last three are of the layers that predict a second token, which are not loaded.
+QWEN3_5 = """
+    attention_bias layer_types full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim
+    linear_num_key_heads linear_num_value_heads mtp_num_hidden_layers mtp_use_dedicated_embeddings mlp_only_layers
+""".split()  # noqa: SIM905
+QWEN3_5_ONLY: dict[str, tuple[Any, ...]] = {"attn_output_gate": (True,), "mamba_ssm_dtype": ("float32",)}
+LFM2 = """
+    layer_types full_attn_idxs conv_L_cache block_auto_adjust_ff_dim block_ffn_dim_multiplier block_multiple_of
+    tie_embedding conv_dim conv_dim_out conv_use_xavier_init block_dim block_mlp_init_scale block_out_init_scale
+    block_use_xavier_init block_norm_eps block_use_swiglu num_heads theta use_pos_enc
+""".split()  # noqa: SIM905
+LFM2_NAMES = (
+    ("embedding_norm", "norm"), ("operator_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
+    ("q_layernorm", "q_norm"), ("k_layernorm", "k_norm"), ("self_attn.out_proj", "self_attn.o_proj"),
+    ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w3", "mlp.up_proj"), ("feed_forward.w2", "mlp.down_proj"),
+)  # fmt: skip
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 GPT2_ONLY: dict[str, tuple[Any, ...]] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), (0.0, 0.1))
 GPT2_ONLY |= {"activation_function": tuple(GELUS), "scale_attn_weights": (True,)}
@@ -411,6 +472,8 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), "mistral3", {"sliding_window": ()}),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe, QWEN3_MOE, None, NO_AUXILIARY_LOSS, names=ROUTER),
+    "gpt_oss": Family("GptOssForCausalLM", gpt_oss, GPT_OSS, None, GPT_OSS_ONLY, stacked=True),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
@@ -435,6 +498,10 @@ FAMILIES: dict[str, Family] = {  # by model_type
         GRANITE4_NAMES,
     ),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), "seed_oss", NO_DROPOUT),
+    "qwen3_5_text": Family("Qwen3_5ForCausalLM", _qwen3_5, tuple(QWEN3_5), None, QWEN3_5_ONLY),
+    "lfm2": Family(
+        "Lfm2ForCausalLM", _lfm2, tuple(LFM2), None, {"conv_bias": (False,)}, {"rms_norm_eps": "norm_eps"}, LFM2_NAMES
+    ),
     "gpt2": Family(
         "GPT2LMHeadModel",
         _gpt2,
@@ -464,6 +531,7 @@ WRAPPERS: dict[str, dict[str, Fields]] = {
     "Gemma4ForConditionalGeneration": {"gemma4_text": {}},
     "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": {}},
     "Mistral3ForConditionalGeneration": {"mistral": {}, "ministral3": {}},
+    "Qwen3_5ForConditionalGeneration": {"qwen3_5_text": {"vocab_size": 248_320, "max_position_embeddings": 32_768}},
 }
 
 

@@ -30,8 +30,12 @@ ROPE_FIELDS = {
     "longrope": ("short_factor long_factor", "factor attention_factor"),
 }
 KINDS = ("full_attention", "sliding_attention")  # of layers, in layer_types
+MIXERS = {"full_attention": "attention", "linear_attention": "deltanet", "conv": "short_conv"}  # by layer_types
 OLD_ROPES = {"su": "longrope"}  # other names of the types
-ALL_ROPES = "type rope_type rope_theta partial_rotary_factor original_max_position_embeddings".split()  # noqa: SIM905
+# Of text, all three positions of Qwen's ropes for images are the same.
+ALL_ROPES = """
+    type rope_type rope_theta partial_rotary_factor original_max_position_embeddings mrope_section mrope_interleaved
+""".split()  # noqa: SIM905
 
 
 def is_positive(value: Any) -> bool:
@@ -109,6 +113,15 @@ def read_windows(hf: Fields, window: int | None, first: int = 0) -> tuple[int | 
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"layer_types: {unknown[0]!r:.60} is not supported: only {', '.join(by_type)}")
     return tuple(by_type[kind] for kind in kinds)
+
+
+def read_mixers(hf: Fields, other: str, is_full: Sequence[bool]) -> tuple[str, ...]:
+    """What mixes positions in each layer, by layer_types: attention or that of the `other` kind."""
+    known = (KINDS[0], other)
+    kinds = hf.get("layer_types") or [KINDS[0] if full else other for full in is_full]
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise UserError(f"layer_types: {unknown[0]!r:.60} is not supported: only {', '.join(known)}")
+    return tuple(MIXERS[kind] for kind in kinds)
 
 
 def window_but_every(n: int, hf: Fields, window: int) -> tuple[int | None, ...]:

@@ -21,6 +21,7 @@ from nanoft.io.hub import download, reason_of
 from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
+from nanoft.models.expert_files import expert_headers
 from nanoft.models.families import FAMILIES, decoder_config, file_name, module_name, standard_fields, text_fields
 from nanoft.nf4 import CODES
 
@@ -28,7 +29,8 @@ Block = tuple[int, int]  # rows and columns of a weight in FP8 that share a scal
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of plain weights
 HEAD, EMBEDDING, SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
-BNB, FP8 = "bitsandbytes", "fp8"  # quant_method in quantization_config; missing in old files of bitsandbytes
+BNB = "bitsandbytes"  # quant_method in quantization_config; missing in old files of bitsandbytes
+DEQUANTIZED = ("fp8", "mxfp4")  # the same for weights that are dequantized while they are read
 # Variants of the decoder's names: with parts inserted by DDP, torch.compile, FSDP or activation checkpointing, with
 # outer modules, or without the decoder's own.
 OUTER = r"^(?:(?:base_model|model|language_model)\.)*"
@@ -39,7 +41,8 @@ SPELLINGS = [
     (OUTER + r"(?=(?:layers\.\d+|embed_tokens\w*|embed_positions|norm|per_layer_\w+)\.)", "model."),
 ]
 # Of a wrapper besides text: never loaded.
-TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
+TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio|visual|mtp)\."
+MTP = r"mtp\."  # layers that predict a second token (Qwen3.5), which are not loaded either
 # A directory or repository without a model's files: a file in it -> what it is, and what to name instead.
 INSTEAD = {
     "adapter_config.json": "is an adapter, not a model: set model.name to its base, and lora.start_from={place} to "
@@ -168,13 +171,15 @@ class ModelFiles:
             notes.append("quantization_config is ignored: the weights are not quantized")
             quantization = None
         said = tuple(f"{self.directory / 'config.json'}: {note}" for note in notes)
-        towers = {own.name: own for own in headers.values() if self.decoder.wrapped and re.match(TOWERS, own.name)}
+        towers = {
+            own.name: own for own in headers.values() if re.match(TOWERS if self.decoder.wrapped else MTP, own.name)
+        }
         decoder = replace(self.decoder, tied=tied, has_score=SCORE in headers)
         return replace(self, decoder=decoder, quantization=quantization, notes=said, towers=towers)
 
     def stored_name(self, name: str) -> str:
         """The name of a decoder's weight in a directory with this config.json."""
-        if next(iter(self.towers), "").startswith("model."):
+        if any(tower.startswith("model.") for tower in self.towers):
             return re.sub("^model", "model.language_model", name)
         return f"language_model.{name}" if self.decoder.wrapped else file_name(self.decoder.family, name)
 
@@ -185,6 +190,8 @@ class ModelFiles:
     def headers(self, paths: Sequence[Path] | None = None) -> dict[str, TensorHeader]:
         """The result of `read_headers` for the model's files, or for `paths`, with the decoder's shapes."""
         found = read_headers(paths or self.shards())
+        if self.decoder.routing:
+            found = expert_headers(found, FAMILIES[self.decoder.family].stacked, self.decoder.mlp == "gated")
         for name, own in found.items():
             if self.is_transposed(name) and not is_packed(found, name):  # bitsandbytes has transposed it
                 found[name] = replace(own, shape=own.shape[::-1], transposed=True)
@@ -193,10 +200,8 @@ class ModelFiles:
 
 def is_block_linear(name: str) -> bool:
     """Whether a parameter is the weight of a linear in a block, which is what quantization applies to."""
-    return (
-        re.search(r"^model\.(layers\..*(_proj|_gate|_projection)|per_layer_model_projection)\.weight$", name)
-        is not None
-    )
+    of_layers = r"model\.(layers\..+_(proj(_\w+)?|gate|projection)|per_layer_model_projection)\.weight"
+    return re.fullmatch(of_layers, name) is not None
 
 
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:
@@ -320,9 +325,9 @@ def _quantization(config: dict[str, Any]) -> Quantization | None:
     """The form in which bitsandbytes packed the model; None if it did not."""
     q = config.get("quantization_config") or {}
     by_bnb = isinstance(q, dict) and ("load_in_4bit" in q or "load_in_8bit" in q or q.get("quant_method") == BNB)
-    if q and not by_bnb and q.get("quant_method") != FP8:
+    if q and not by_bnb and (not isinstance(q, dict) or q.get("quant_method") not in DEQUANTIZED):
         fix = "name the original model; if the weights are not quantized, remove the field"
-        raise UserError(f"quantization_config: only bitsandbytes and FP8 are supported: {fix}")
+        raise UserError(f"quantization_config: only bitsandbytes, FP8 and MXFP4 are supported: {fix}")
     if not by_bnb:
         read_block(q)
         return None

@@ -29,7 +29,14 @@ from nanoft.io.tensor_files import load_tensors
 from nanoft.io.untrusted import read_json
 from nanoft.lora import inject_lora
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import NOTE, as_plain_lora, load_adapter_tensors, read_adapter, vocabulary_of
+from nanoft.models.adapter_files import (
+    NOTE,
+    as_plain_lora,
+    fit_experts,
+    load_adapter_tensors,
+    read_adapter,
+    vocabulary_of,
+)
 from nanoft.models.model_files import ModelFiles, Quantization, find_model, quantization_of
 from nanoft.models.weights import add_score, grow_vocabulary, load_model
 from nanoft.runtime.device import DTYPES
@@ -209,6 +216,7 @@ def _read_adapter_directory(path: Path, other_base: str | None) -> TrainedAdapte
     lora, base_name, tensors, note = read_adapter(path)
     base_name = other_base or base_name
     base = find_model(base_name, f"{path / 'adapter_config.json'}: base_model_name_or_path")
+    lora, tensors = fit_experts(ModelFiles.read(base).decoder, lora, tensors)
     tokenizer = path if (path / "tokenizer.json").is_file() else base
     q = note.get("quantization")
     try:

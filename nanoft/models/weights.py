@@ -24,7 +24,8 @@ from nanoft.io.bars import track
 from nanoft.io.tensor_files import Specs, TensorHeader, encode_safetensors
 from nanoft.io.untrusted import parse_json, read_bytes, read_json
 from nanoft.model import Decoder, DecoderConfig
-from nanoft.models.families import score_architecture, text_fields, with_both_rope_forms
+from nanoft.models.expert_files import GROUP, MXFP4, MXFP4_SCALE, dequantize_mxfp4, stack_name
+from nanoft.models.families import FAMILIES, score_architecture, text_fields, with_both_rope_forms
 from nanoft.models.model_files import (
     DTYPES,
     HEAD,
@@ -71,6 +72,8 @@ class WeightFiles:
             scale = self.headers[name + FP8_SCALE]
             shared = shared_by(header.shape, scale.shape, self.block)
             tensor = dequantize_fp8(tensor, scale.read(), shared, rows.start or 0)
+        elif header.form == MXFP4:
+            tensor = dequantize_mxfp4(tensor, self.headers[name + MXFP4_SCALE].read(rows))
         if not is_finite(tensor):
             raise UserError(f"{header.path}: {header.name} contains NaN or infinity: download the model again")
         return tensor
@@ -114,6 +117,8 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             scales = name + FP8_SCALE
             wanted = scale_shape(shape, headers[scales].shape, block) if scales in headers else None
             expected |= {name: ({FP8_FORM}, shape), scales: (FLOATS, wanted)}
+        elif name in headers and headers[name].form == MXFP4:
+            expected |= {name: ({MXFP4}, shape), name + MXFP4_SCALE: ({"U8"}, (shape[0], shape[1] // GROUP))}
         else:
             expected[name] = (FLOATS, shape)
     faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
@@ -183,11 +188,14 @@ def initialize(model: Decoder, seed: int) -> None:
     """Random weights for pre-training: N(0, 0.02), outputs of each block scaled by 1/sqrt(2 layers) (GPT-2)."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            is_zero = name.endswith("bias") or model.config.norm_offset  # norms are 1
+        if name.endswith(".A_log"):  # how fast a DeltaNet forgets: from hardly to at once
+            parameter.copy_(torch.empty(len(parameter)).uniform_(0.01, 16, generator=generator).log())
+            continue
+        if parameter.dim() < 2:  # norms are 1, and of a DeltaNet dt_bias, too
+            is_zero = name.endswith((".bias", ".sinks")) or (model.config.norm_offset and ".linear_attn." not in name)
             nn.init.constant_(parameter, 0.0 if is_zero else 1.0)
             continue
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        residual = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
         std = 0.02 / math.sqrt(2 * model.config.num_layers) if residual else 0.02
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
@@ -367,18 +375,27 @@ def with_towers(
 ) -> tuple[Specs, ReadTensor]:
     """The tensors of an exported model, and a function that reads each: the decoder's, of the given shapes, under the
     names of its base, and then the base's other towers, unchanged."""
-    names = {base.stored_name(name): name for name in shapes}
+    stacks, names = dict[str, list[str]](), {base.stored_name(name): name for name in shapes}
+    if FAMILIES[base.decoder.family].stacked:
+        for new in list(names):
+            if (stack := stack_name(new)) != new:
+                stacks.setdefault(stack, []).append(names.pop(new))
     if packed := [header for header in base.towers.values() if header.form not in DTYPES]:
         raise UserError(f"{packed[0].path}: {packed[0].name} is quantized ({packed[0].form}): name the original model")
     turned = {new for new, name in names.items() if base.is_transposed(name)}
     specs = {new: (dtype, shapes[name][:: -1 if new in turned else 1]) for new, name in names.items()}
     specs |= {name: (DTYPES[header.form], header.shape) for name, header in base.towers.items()}
+    specs |= {new: (dtype, (len(own), *shapes[own[0]][::-1])) for new, own in stacks.items()}
+
+    def one(name: str) -> Tensor:
+        found = read(name)
+        return found if isinstance(found, Tensor) else torch.cat([*found])
 
     def stored(new: str) -> Tensor | Iterable[Tensor]:
+        if new in stacks:
+            return (one(name).t() for name in stacks[new])
         found = read(names[new]) if new in names else base.towers[new].read()
-        if new in turned:
-            return (found if isinstance(found, Tensor) else torch.cat([*found])).t()
-        return found
+        return one(names[new]).t() if new in turned else found
 
     return specs, stored
 

@@ -231,10 +231,11 @@ class GRPO(Objective):
     def rewards(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[dict[str, float]]:
         return self.prompts.rewards_of(prompts, answers)
 
-    def tokens_per_step(self, batches: Batches) -> float:
+    @classmethod
+    def tokens_per_step(cls, config: Config, batches: Batches) -> float:
         """An upper limit, reached if every answer has `rl.max_new_tokens`."""
-        answers = self.rl.prompts * self.rl.group_size * self.rl.updates
-        return answers * float(prompt_lengths(batches.samples).mean() + self.rl.max_new_tokens)
+        answers = config.rl.prompts * config.rl.group_size * config.rl.updates
+        return answers * float(prompt_lengths(batches.samples).mean() + config.rl.max_new_tokens)
 
     def longest(self, batches: Batches) -> Batch:
         answers = self.prompts.longest(batches)

@@ -69,7 +69,8 @@ class Objective(Protocol):
         """The rewards of answers, in total and by function; empty for objectives without rewards."""
         return []
 
-    def tokens_per_step(self, batches: Batches) -> float:
+    @classmethod
+    def tokens_per_step(cls, config: Config, batches: Batches) -> float:
         """The mean number of tokens of a step, without padding."""
         return float(batches.samples.lengths.sum() / batches.windows_in_epoch())
 

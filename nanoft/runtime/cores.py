@@ -1,4 +1,4 @@
-"""The CPU cores under a run: how many it may use, how its threads wait for one another, and who else takes them.
+"""The CPU cores of a run: how many it may use, how its threads wait for one another, and how many others use.
 
 After every product the threads of OpenMP meet at a barrier. A thread that arrives early spins, which is fastest on idle
 cores; on busy ones it burns the time that the last thread needs (a third of the speed with one busy process on two
@@ -43,7 +43,7 @@ def allowed_cores() -> list[int]:
 
 
 def quota() -> float:
-    """How many cores' time the cgroups grant; infinite without a limit."""
+    """The CPU time that the cgroups grant, in cores; infinite without a limit."""
     granted = [math.inf]
     for directory in own_cgroups():
         if (limit := directory / "cpu.max").is_file():
@@ -60,7 +60,7 @@ class Usage:
 
     @staticmethod
     def read() -> tuple[float, float, float]:
-        """Seconds: of idle cores, that this process computed, and of the clock."""
+        """Seconds of idle cores, of this process's CPU time, and of the clock."""
         times, own = psutil.cpu_times(percpu=True), os.times()
         # a core that is not online has no line
         idle = sum(times[n].idle + getattr(times[n], "iowait", 0.0) for n in allowed_cores() if n < len(times))
@@ -86,7 +86,7 @@ def decide(environment: Mapping[str, str], cores: int, granted: float, others: f
 
 
 def prepare(seconds: float = 0.2) -> None:
-    """Choose the number of threads and how they wait by the load of so many seconds, before torch is imported."""
+    """Choose the number of threads and how they wait, by the load measured over `seconds`; before importing torch."""
     global prepared
     if "torch" in sys.modules or not decide(os.environ, 1, math.inf, 0.0):
         return
@@ -113,7 +113,7 @@ class SlowdownMonitor:
         self.speeds: list[float] = []  # tokens/s of the last steps
 
     def check(self, tokens: int, seconds: float) -> str:
-        """After each step, with the totals of the run: what to warn of, or nothing."""
+        """A warning after a step, given the totals of the run; empty if there is none."""
         new_tokens, new_seconds = tokens - self.totals[0], seconds - self.totals[1]
         self.totals = tokens, seconds
         if new_seconds > 0:  # after a rollback, the totals are lower

@@ -144,7 +144,7 @@ def attention(device: torch.device) -> Iterator[Check]:
                 works.append(kernel.name.lower().removesuffix("_attention"))
     kind = Scores(q.shape[-1] ** -0.5)
     if device.type == "mps":  # used there, because PyTorch's own keeps all scores for backward
-        found = attend(*(part.transpose(1, 2) for part in (q, k, v)), kind).transpose(1, 2)
+        found = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), kind).transpose(1, 2)
         works += [f"chunks of {CHUNK} queries"] * torch.allclose(found.float(), expected, atol=2e-2)
     packed = "; varlen for packed rows" if has_varlen(q.transpose(1, 2), kind) else ""
     yield Check("attention", "ok" if works else "FAIL", f"{', '.join(works) or 'no kernel'} work{packed}")

@@ -1,4 +1,4 @@
-"""Predict memory and time of a run before anything is loaded, from the model's shape and the settings.
+"""Predict the memory of a run before anything is loaded, from the model's shape and the settings.
 
 Most of a step's memory can be counted: weights, gradients, the optimizer's moments, one chunk of logits, and the
 activations kept for backward. With LoRA a block keeps
@@ -29,13 +29,15 @@ from nanoft.config import Config
 from nanoft.config.functions import RUN
 from nanoft.config.loading import load_file
 from nanoft.config.settings import config_warnings
-from nanoft.io.tables import for_terminal, wrap
 from nanoft.kernels.attention import CHUNK
 from nanoft.kernels.decode import MEMORY_SHARE
+from nanoft.kernels.experts import MULTIPLE
 from nanoft.lora import LoRALinear, inject_lora, linears_of
 from nanoft.loss import chunk_rows
 from nanoft.model import NORMS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import vocabulary_of
+from nanoft.models.expert_files import check_stacks
+from nanoft.models.families import FAMILIES
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import find_adapter, is_run, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import add_score, choose_dequantize, grow_vocabulary
@@ -43,7 +45,7 @@ from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
 from nanoft.recompute import ActivationPolicy, keep_by_policy
-from nanoft.runtime.device import Machine, matmul_gflop_s, set_threads
+from nanoft.runtime.device import Machine
 from nanoft.runtime.memory import OutOfMemory, available_host_bytes, held_bytes, is_out_of_memory
 from nanoft.training.validation import validate_config
 
@@ -53,10 +55,9 @@ MiB = 2**20
 KERNELS, TRANSIENT = 64 * MiB, (7, 0)
 # On a CPU, by the bytes of a number: larger, because the allocator cannot reuse everything that was freed.
 KERNELS_CPU, TRANSIENT_CPU = {2: 110 * MiB, 4: 140 * MiB}, {2: (14, 46), 4: (10, 14)}
+EXPERT_ROWS = 4  # tensors of (tokens, chosen, hidden) at once
 BITSANDBYTES = 70 * MiB  # of the library itself, needed for a 4-bit base; counted on a CPU
-EFFICIENCY = {"cpu": 0.5}  # share of the speed of bare matrix products, measured (bench/step.md); others: not measured
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
-ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Counts:
     others: int
     trained: int
     adapters: int  # numbers of the adapters: trained ones, and those that a variant keeps in addition
-    ranks: int  # sum over the adapters of a block
+    ranks: float  # sum over the adapters of a block; of experts, over those that a token chooses
+    active: float  # the part of `linears` that a token is multiplied by: of experts, those that it chooses
     trains_head: bool = False  # although the base is frozen
     rank_warnings: tuple[str, ...] = ()  # about adapters with a higher rank than their matrix can have
 
@@ -92,23 +94,38 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
         model = Decoder(decoder)
     if trains_score(config):
         add_score(model)
-    linears = list(linears_of(model).values())
-    weights = sum(int(linear.in_features * linear.out_features) for linear in linears)
+    named = linears_of(model)
+    linears = list(named.values())
+    sizes = {name: int(linear.in_features * linear.out_features) for name, linear in named.items()}
+    weights, active = sum(sizes.values()), sum(size * met(decoder, name) for name, size in sizes.items())
     others = sum(p.numel() for p in model.parameters()) - weights
     block_scales = 1 + 4 / 256 if config.quantization.double else 4  # bytes
     scales = {4: weights / 64 * block_scales, 8: 4.0 * sum(int(linear.out_features) for linear in linears)}
     if config.training.method == "full":
-        return Counts(weights, 0.0, others, weights + others, 0, 0)
+        return Counts(weights, 0.0, others, weights + others, 0, 0, active)
     more = range(decoder.vocab_size, decoder.vocab_size + len(config.model.add_tokens))
     lora = with_added_tokens(config.lora, more, decoder.tied)
     grow_vocabulary(model, max(decoder.vocab_size + len(more), vocabulary_of(lora, {})))
     adapters = inject_lora(model, lora, 0)
+    if decoder.routing and FAMILIES[decoder.family].stacked:
+        check_stacks(adapters, decoder.routing.experts)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = sum(t.numel() for adapter in adapters.values() for t in adapter.buffers(recurse=False))
-    inside = [a for name, a in adapters.items() if isinstance(a, LoRALinear) and ".layers." in name]
-    ranks = sum(len(adapter.factors()[0]) for adapter in inside) // decoder.num_layers
+    inside = {name: a for name, a in adapters.items() if isinstance(a, LoRALinear) and ".layers." in name}
+    ranks = sum(len(a.factors()[0]) * met(decoder, name) for name, a in inside.items()) / decoder.num_layers
     packed, trains_head = scales.get(config.quantization.bits, 0.0), model.head.requires_grad
-    return Counts(weights, packed, others, trained, trained + kept, ranks, trains_head, warn_of_ranks(adapters))
+    return Counts(weights, packed, others, trained, trained + kept, ranks, active, trains_head, warn_of_ranks(adapters))
+
+
+def met(decoder: DecoderConfig, name: str) -> float:
+    """The share of tokens that a linear computes: all, or of an expert those that choose it, on average."""
+    return decoder.routing.chosen / decoder.routing.experts if decoder.routing and ".experts." in name else 1.0
+
+
+def mlp_widths(decoder: DecoderConfig, chosen: float = 0.0) -> list[tuple[int, float]]:
+    """Of the MLP of each layer: its width, and how many such rows a token takes, of experts `chosen`."""
+    r, sizes = decoder.routing, [own.intermediate_size for own in decoder.by_layer]
+    return [(r.width, chosen) if r and r.layers[layer] else (size, 1.0) for layer, size in enumerate(sizes)]
 
 
 def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -154,14 +171,18 @@ def estimate_memory(
     tokens = rows * length
     bits = 16 if full or config.quantization.dequantize == "cached" else config.quantization.bits
     moments = OPTIMIZERS[config.training.optimizer].bytes_per_parameter(config.training)
-    blocks = [kept_by_block(layer, counts, config, e) * tokens for layer in decoder.by_layer]
+    cpu, r = device_type == "cpu", decoder.routing
+    padding = MULTIPLE / 2 * (cpu and e < 4) / max(tokens, 1)  # rows of an expert that are no token's
+    chosen = r.chosen + r.experts * padding if r else 0.0  # rows of experts for each token
+    widths = mlp_widths(decoder, chosen)
+    of_layers = enumerate(zip(decoder.by_layer, widths, strict=True))
+    blocks = [kept_by_block(own, counts, config, e, i, rows) * tokens for i, (own, (_, rows)) in of_layers]
     waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
-    cpu = device_type == "cpu"
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
-    widest = max(layer.intermediate_size for layer in decoder.by_layer)
-    inner = widest / (2 if decoder.mlp == "plain" else 1)  # without a gate there is half of it
-    transient = (wide * inner + narrow * decoder.hidden_size) * tokens * e
-    again = max((block for block, one in zip(blocks, keep, strict=True) if one != "all"), default=0.0)  # one at a time
+    inner = max(width * n for width, n in widths) / (2 if decoder.mlp == "plain" else 1)  # without a gate half of it
+    transient = (wide * inner + (narrow + EXPERT_ROWS * chosen) * decoder.hidden_size) * tokens * e
+    by_block = list(zip(keep, blocks, strict=True))
+    again = max((block for one, block in by_block if one != "all"), default=0.0)  # one of these at a time
     targets = tokens * target_share
     chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
     split = config.training.sharding == "full"
@@ -171,7 +192,7 @@ def estimate_memory(
     head = 0 if scored or counts.trains_head else table  # whole on each rank, if it is frozen
     lookup = 0 if decoder.tied and not scored else table  # gathered for a moment only
     gathered = 2 * linears / decoder.num_layers + stored * (counts.others - head - lookup)  # this block, the next, rest
-    unpacked = decoder.hidden_size * widest * e * (bits < 16)  # the largest weight, for its product
+    unpacked = decoder.hidden_size * max(width for width, _ in widths) * e * (bits < 16)  # the largest weight
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
     windowed = any((w or length) < length for w in decoder.windows)
@@ -191,7 +212,7 @@ def estimate_memory(
         "cast weights": part * counts.linears * e if full and e < 4 else 0.0,  # for the products, by autocast
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
-        "activations": sum(waiting.get(one, block) for block, one in zip(blocks, keep, strict=True)),
+        "activations": sum(waiting.get(one, block) for one, block in by_block),
         "backward": again + transient + unpacked + scores + 2 * slopes * cpu,
         # a chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these
         "loss": chunk * decoder.vocab_size * (2 * e + 4)
@@ -203,18 +224,17 @@ def estimate_memory(
     return Plan(parts, list(keep))
 
 
-def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> float:
-    """Bytes per token that a block keeps for backward; `e` is the size of a number."""
-    q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    inner = (1 if c.mlp == "plain" else 2) * c.intermediate_size
-    kept = (1 if c.parallel else 2) * c.hidden_size + 2 * q + 2 * k + inner + counts.ranks
-    if c.qkv != "separate" and c.distinct_ropes:  # q and k before rotation: v is a part of the same tensor
-        kept += q + k
+def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, layer: int, rows: float) -> float:
+    """Bytes per token that a block keeps for backward; `e` is the size of a number, `rows` as in `mlp_widths`."""
     full, before, after = config.training.method == "full", NORMS[c.norms][::2], NORMS[c.norms][1::2]
-    normed = (q + k) * bool(c.qk_norm) + c.hidden_size * sum(map(bool, after))
+    mixed, outputs, normed = kept_by_mixer(c, c.mixer(layer), full)
+    inner = (1 if c.mlp == "plain" else 2) * mlp_widths(c)[layer][0] * rows
+    kept = (1 if c.parallel else 2) * c.hidden_size + mixed + inner + counts.ranks
+    normed += c.hidden_size * sum(map(bool, after))
     if full:  # normed inputs, silu(gate) and the product, too
         kept += 2 * c.hidden_size + inner
         normed += c.hidden_size * sum(map(bool, before))
+    k = c.num_kv_heads * c.head_dim
     if c.source is not None:  # its keys and values are kept by another block, but for the rotation
         kept, normed = kept - k, normed - k * bool(c.qk_norm)
     elif c.v_norm:
@@ -223,9 +243,28 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int) -> f
         kept += c.hidden_size + 4 * c.per_layer_size
         normed += c.hidden_size + c.per_layer_size
     kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
+    if (r := c.routing) and r.layers[layer]:  # rows of experts, their outputs, the normed input, what the router says
+        kept += (rows + r.chosen + 4 / e) * c.hidden_size + (4 * r.experts + 32 * r.chosen) / e
     if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
-        kept += 2 * q + 2 * k + inner + c.hidden_size
+        kept += outputs + inner + c.hidden_size
     return float(kept * e)
+
+
+def kept_by_mixer(c: DecoderConfig, mixer: str, full: bool) -> tuple[int, int, int]:
+    """Numbers per token of what lets positions see each other: kept, outputs of its linears, and kept twice in
+    float32 by norms."""
+    q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    if mixer == "short_conv":  # three projections, and what the convolution makes; its input and the product
+        return (6 if full else 4) * c.hidden_size, 4 * c.hidden_size, 0
+    if mixer == "deltanet" and c.delta:
+        keys, values = c.delta.key_heads * c.delta.key_dim, c.delta.value_heads * c.delta.value_dim
+        # before and after silu, what the state says and its gate; the convolution's input and the gated product
+        qkv, other = 2 * keys + values, 5 * c.delta.value_heads  # decays in float32
+        return (3 if full else 2) * qkv + (5 if full else 2) * values + other, qkv + 2 * values, values * full
+    kept = 2 * q + 2 * k + 2 * q * c.gated_attention
+    if c.qkv != "separate" and c.distinct_ropes:  # q and k before rotation: v is a part of the same tensor
+        kept += q + k
+    return kept, 2 * q + 2 * k, (q + k) * bool(c.qk_norm)
 
 
 def choose_recompute(
@@ -254,12 +293,13 @@ def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, leng
     A product with n weights costs 2 n forward, 2 n for the gradient of its input, 2 n for its own if it is trained.
     Causal attention: 2 q (length + 1) forward, 2.5 times that backward. `again` is the share of blocks computed twice.
     """
-    attention = 2 * decoder.num_heads * sum(layer.head_dim for layer in decoder.by_layer) * (length + 1)
-    frozen = counts.linears * (2 + 2 + 2 * again) + attention * (3.5 + again)
+    sizes = [own.head_dim for layer, own in enumerate(decoder.by_layer) if decoder.mixer(layer) == "attention"]
+    attention = 2 * decoder.num_heads * sum(sizes) * (length + 1)
+    frozen = counts.active * (2 + 2 + 2 * again) + attention * (3.5 + again)
     head = 0.5 * decoder.vocab_size * decoder.hidden_size
     if config.training.method == "full":
-        return (frozen + 2 * counts.linears + 6 * head) / 1e9
-    return (frozen + 6 * counts.trained + 4 * head) / 1e9
+        return (frozen + 2 * counts.active + 6 * head) / 1e9
+    return (frozen + 6 * counts.trained * counts.active / counts.linears + 4 * head) / 1e9
 
 
 @dataclass(frozen=True)
@@ -464,58 +504,3 @@ def suggest_savings(planner: Planner, rows: int, length: int) -> str:
     best = sorted((name for name in saved if saved[name] > 0), key=lambda name: -saved[name])[:3]
     suggestions = (f"{name} (saves about {saved[name] / 1e9:.3g} GB)" for name in best)
     return ", or ".join(suggestions) or "model.name to a smaller model"
-
-
-def show_plan(config: Config) -> int:
-    """train.py --plan: print memory by part, and time, before anything is loaded; a UserError if it does not fit."""
-    machine = Machine.detect_or_describe(config)
-    check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
-    files = ModelFiles.find(config.model.reference)
-    decoder = files.decoder
-    set_threads(config.system.threads)
-    planner = Planner.of(config, machine, decoder)
-    planner = replace(planner, config=resolve_base_device(planner))
-    config = resolve_micro_batch_size(planner, None)
-    planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
-    unit = planner.unit_size  # sequences
-    plan = planner.choose_activations(config.micro_batch_rows() * unit, length)
-
-    def say(name: str, text: str) -> None:
-        print(wrap(f"{name:16} {text}", 17))
-
-    say("model", files.description)
-    kind, rows = machine.device.type, config.effective_batch_size() * unit
-    if not machine.present:
-        say("device", f"{kind} with {machine.memory_bytes / 1e9:.1f} GB, not available here")
-    for name, size in plan.parts.items():
-        say(name, f"{size / 1e9:9.3f} GB")
-    if config.model.base_device == "host":
-        say("host", describe_streaming(planner))
-    say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
-    assumed = f"per step: {rows:,} sequences of model.max_seq_length={length:,} tokens; real samples are shorter"
-    say("tokens", f"{rows * length:9,} {assumed}")
-    recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
-    work = gflop_per_token(decoder, planner.counts, config, length, recomputed)
-    say("work", f"{work:9.3g} GFLOP per token")
-    if machine.present:
-        reached = matmul_gflop_s(machine.device, machine.dtype, decoder.hidden_size, decoder.intermediate_size)
-        say("products", f"{reached:9,.0f} GFLOP/s in bare matrix products here")
-        if share := EFFICIENCY.get(kind):
-            tokens_s, tokens = share * reached / work, rows // config.system.ranks * length
-            reach = f"{share:.0%} of that is reached: {tokens / tokens_s:,.1f} s per step"
-            say("speed", f"{tokens_s:9,.0f} tokens/s if {reach}")
-        else:
-            say("speed", f"at most {reached / work:,.0f} tokens/s; the share reached on {kind} was not measured")
-    fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * unit, length, planner.keep_by("full")).peak <= room]
-    most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
-    say("micro-batch", f"{most} sequences of {length} tokens fit, with every block recomputed")
-    for warning in plan_warnings(planner, files, length, None):
-        print(for_terminal(f"warning: {warning}"))
-    if plan.peak > room:
-        fewer = "training.micro_batch_size=auto, or lower model.max_seq_length"
-        fix = f"set {fewer if fitting else suggest_savings(planner, 1, length)}"
-        raise UserError(
-            f"training.micro_batch_size: {config.micro_batch_rows()} sequences of {length} tokens take "
-            f"{plan.peak / 1e9:.2f} GB, but only {room / 1e9:.2f} GB are available: {fix}"
-        )
-    return 0

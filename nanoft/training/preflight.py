@@ -61,7 +61,7 @@ def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
     moments = sharding.gather_full(optimizer_tensors(ctx.optimizer, ctx.trained))
     out, keep = ctx.run.directory, ctx.config.training.keep_checkpoints
     distributed.broadcast_from_rank0(lambda: require_shown([rehearse_save(out, weights, moments, keep)], ctx, forced))
-    return seconds_per_token * ctx.objective.tokens_per_step(ctx.batches) / distributed.world_size()
+    return seconds_per_token * ctx.objective.tokens_per_step(ctx.config, ctx.batches) / distributed.world_size()
 
 
 def require_shown(checks: list[Check], ctx: TrainContext, forced: list[str]) -> None:

@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -73,6 +74,9 @@ Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, 
 SHAPE = """
     rank alpha target_modules rank_pattern alpha_pattern rslora dora bias modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
+CODES = {*Linear4bit.NAMES, *Linear8bit.NAMES}  # parts of packed weights, parameters of a sharded model
+# Parts of the model, by a part of the names of their modules.
+PARTS = {".experts.": "experts", ".router.": "routers", ".self_attn.": "attention", ".mlp.": "MLPs"}
 IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # the part that each checkpoint records
 
 
@@ -198,21 +202,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     for setting in [setting for setting, value in needed.items() if value and not len(corpus.validation)]:
         fix = "set data.validation_file or data.validation_size, or remove this setting"
         raise UserError(f"{setting}: there is no validation data: {fix}")
-    window = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
-    if config.rl.reward:  # a window holds the prompts of a step, whose answers become its micro-batches
-        window = 1, config.rl.prompts
-    pack_length = length if d.packing and not config.rl.reward else None
-    batches = Batches(
-        corpus.training,
-        *window,
-        seed,
-        tokenizer.pad_id,
-        pack_length,
-        d.group_by_length,
-        d.pad_to_multiple_of,
-        t.shuffle,
-    )
-    batches.micro_batch_size = config.micro_batch_rows()
+    batches = make_batches(config, corpus, tokenizer.pad_id)
     windows = batches.windows_in_epoch()
     steps = t.max_steps or math.ceil(t.num_epochs * windows)
     check_schedule(t, steps)
@@ -230,6 +220,21 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
     padding, seconds = 1 - utilization(batches), time.perf_counter() - started
     run.print(f"batches   {windows:,} steps per epoch, {100 * padding:.1f} % padding ({seconds:.1f} s)")
     return corpus, batches
+
+
+def make_batches(config: Config, corpus: PreparedDataset, pad_id: int) -> Batches:
+    """The training samples in windows, as the settings ask for."""
+    d, t, rewarded = config.data, config.training, bool(config.rl.reward)
+    # with rewards a window holds the prompts of a step, whose answers become its micro-batches
+    window = config.micro_batch_rows(), t.gradient_accumulation_steps * config.system.ranks
+    window = (1, config.rl.prompts) if rewarded else window
+    pack_length = config.model.max_seq_length if d.packing and not rewarded else None
+    batches = Batches(
+        corpus.training, *window, config.system.seed, pad_id,
+        pack_length, d.group_by_length, d.pad_to_multiple_of, t.shuffle,
+    )  # fmt: skip
+    batches.micro_batch_size = config.micro_batch_rows()
+    return batches
 
 
 def read_start(config: Config) -> tuple[Config, TrainedAdapter | None]:
@@ -376,12 +381,28 @@ def describe_adapters(adapters: dict[str, Adapter]) -> list[str]:
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
+def describe_weights(model: Decoder) -> str:
+    """What is frozen and trained in which number format, by parts of the model, in numbers: nothing is left out."""
+    found: dict[str, Counter[str]] = {}
+    for name, module in model.named_modules():
+        kind = next((kind for part, kind in PARTS.items() if part in f".{name}."), "the rest")
+        kind = "adapters" if isinstance(module, Adapter) else kind
+        for part, p in module.named_parameters(recurse=False):
+            if part in CODES:
+                continue
+            form = f"{'trained' if p.requires_grad else 'frozen'} in {str(p.dtype).removeprefix('torch.')}"
+            found.setdefault(form, Counter())[kind] += p.numel()
+        if isinstance(module, (Linear4bit, Linear8bit)):
+            found.setdefault(f"frozen in {module.kind}", Counter())[kind] += module.in_features * module.out_features
+    parts = {form: ", ".join(f"{kind} {count:,}" for kind, count in own.items()) for form, own in found.items()}
+    return "; ".join(f"{form}: {own}" for form, own in sorted(parts.items()))
+
+
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
     """Print the set-up of the run: its device, what is trained, how long it will take."""
     c, t, say = ctx.config, ctx.config.training, ctx.run.print
     packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, (Linear4bit, Linear8bit)))
-    codes = {*Linear4bit.NAMES, *Linear8bit.NAMES}  # parameters of a sharded model
-    total = packed + sum(p.numel() for n, p in ctx.model.named_parameters() if n.rpartition(".")[2] not in codes)
+    total = packed + sum(p.numel() for n, p in ctx.model.named_parameters() if n.rpartition(".")[2] not in CODES)
     trainable = sum(p.numel() for _, p in ctx.trained)
     kind = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}" if ctx.adapters else "every parameter"
     form, double = quantization_of(c) or ("", False)
@@ -397,6 +418,7 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     for line in describe_adapters(ctx.adapters):
         say(f"          {line}")
+    say(f"weights   {describe_weights(ctx.model)}")
     say(f"kernels   {kernels.describe(ctx.model)}")
     shape = ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed
     say(f"attention {kernels.describe_attention(ctx.model, *shape)}")

@@ -157,7 +157,7 @@ class TrainContext:
 
     def trained_weights(self) -> dict[str, Tensor]:
         """The weights that a checkpoint saves."""
-        sharding.reshard(self.model)
+        sharding.reshard(self.model)  # from here on, the adapters of a sharded model are shards
         every = self.model.named_parameters()  # also what is frozen in full training
         return adapter_tensors(self.adapters) if self.adapters else {name: p.detach() for name, p in every}
 

@@ -1,4 +1,4 @@
-"""Angles of rotary positions: closed forms; whole configs are compared with transformers in tests/models."""
+"""Angles of rotary positions against closed forms; tests/models compares whole configs with transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved modules, rows of tokens, adapters of embedding and head: one step against PEFT's, files both ways, merged."""
+"""Saved modules, rows of tokens, adapters of embedding and head: one step against PEFT's, files both ways, merging."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def theirs_of(base: Path, out: Path, **settings: Any) -> PeftModel:
-    """An adapter that PEFT made, moved off its start and saved; opened again for training."""
+    """An adapter made by PEFT, with random values, saved and opened again for training."""
     reference = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     model = get_peft_model(reference, LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(5)
@@ -94,7 +94,7 @@ def squares(parameters: Any) -> dict[tuple[int, ...], float]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_and_the_files_are_pefts(name: str, base: Path, tmp_path: Path) -> None:
     if (name, base.name) == ("rows of both", "llama-tied"):
-        pytest.skip("a tied head has no rows of its own")
+        pytest.skip("a tied head has no separate rows")
     theirs = theirs_of(base, tmp_path / "theirs", **CASES[name])
     expected = theirs(input_ids=IDS, labels=IDS).loss
     expected.backward()

@@ -1,4 +1,4 @@
-"""Hugging Face's names: each means what it means there, or is refused."""
+"""Hugging Face's names: each has its original meaning or is refused."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ NOT_THERE = {"inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosi
 
 @pytest.mark.parametrize("name", sorted(item.value for item in SchedulerType))
 def test_a_schedule_has_the_rates_of_transformers(name: str, tmp_path: Path) -> None:
-    """Warm-up begins at 0 there and one step further here: compared from its end on."""
+    """transformers' warm-up begins at 0, nanoft's one step later: compared from the end of the warm-up."""
     if name in NOT_THERE:
         with pytest.raises(UserError, match=f"training.lr_scheduler: '{name}' is not known"):
             validate_config(flat_config(tmp_path, lr_scheduler_type=name))
@@ -328,7 +328,7 @@ def test_a_schedule_has_the_rates_of_transformers(name: str, tmp_path: Path) -> 
 
 
 def test_the_trainer_has_the_names_that_are_said_to_be_its_own() -> None:
-    """Of every setting of training there is one name that transformers, or PEFT's LoRA+, knows."""
+    """Every training setting has a name that transformers, or PEFT's LoRA+, knows."""
     known = {item.name for item in dataclasses.fields(TrainingArguments)} | {"loraplus_lr_ratio", "warmup_ratio"}
     known |= {"early_stopping_patience", "early_stopping_threshold"}  # of its callback
     same = {field: field.partition(".")[2] for field in SAME_NAME.split()}

@@ -1,4 +1,4 @@
-"""What a field says of itself, and how text becomes its value; whole configs: test_settings.py."""
+"""The description of a field, and how text becomes its value; whole configs: test_settings.py."""
 
 from __future__ import annotations
 

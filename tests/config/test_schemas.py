@@ -1,4 +1,4 @@
-"""Files of two other schemas run as they are: each field takes effect, is refused, or is reported with the reason."""
+"""Files of two other schemas run unchanged: each field takes effect, is refused, or is reported with the reason."""
 
 from __future__ import annotations
 
@@ -385,7 +385,7 @@ def test_every_field_of_both_schemas_has_a_pair_of_values() -> None:
 
 
 def test_what_an_mlx_file_leaves_out_has_the_default_of_the_schema(tmp_path: Path) -> None:
-    """But cache, device and directories, which depend on the machine, and the program's own data set."""
+    """Except cache, device and directories, which depend on the machine, and that program's own data set."""
     tree = {section: dict(fields) for section, fields in MLX_TREE.items()}
     del tree["output"], tree["system"]["device"], tree["model"]["cache_dir"]
     whole = read(tmp_path, tree).config

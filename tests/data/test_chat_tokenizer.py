@@ -1,4 +1,4 @@
-"""Rendering, masks and ids against transformers and against what stands in the conversation."""
+"""Rendering, masks and ids against transformers and against the texts of the conversation."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_pad_token_that_is_eos_stays_a_target(tmp_path: Path) -> None:
 
 
 def test_a_pad_token_may_be_beyond_the_embedding(tmp_path: Path) -> None:
-    """People add one without resizing the model; nothing sees padding, so its id is one that every model has."""
+    """Some add a pad token without resizing the model; nothing sees padding, so an id that every model has is used."""
     save(tmp_path, STYLES["chatml"])
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     size = tokenizer.get_vocab_size()
@@ -382,7 +382,7 @@ def test_control_tokens_in_content_stay_text(tmp_path: Path, style: str, tokeniz
 
 
 def test_control_tokens_in_pieces_do_not_join(tiny: ChatTokenizer) -> None:
-    """Whoever knows how content is taken apart cannot make it come together again."""
+    """Content cannot be crafted so that its pieces form a control token."""
     for content in ["<" + BREAK + "/s>", "<</s>/s>", "</s></s>", "<" + BREAK * 2 + "/s>", "[[INST]INST]"]:
         (sample,) = samples_of(tiny, one_turn(content))
         assert sorted(token for token in sample.ids.tolist() if token < 6) == [1, 2, 4, 5]  # one of each, from template
@@ -411,7 +411,7 @@ def test_a_tokenizer_file_neither_cuts_nor_pads(tmp_path: Path, kind: str) -> No
 
 
 def test_a_pre_tokenizer_that_drops_characters(tmp_path: Path) -> None:
-    """Then the widths of the tokens do not tell where they stand, and the library is asked."""
+    """The widths of the tokens do not give their positions then, so the library's offsets are used."""
     tokenizer = Tokenizer.from_str(byte_level())
     drop = pre_tokenizers.Split("\r", "removed")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([drop, pre_tokenizers.ByteLevel(add_prefix_space=False)])

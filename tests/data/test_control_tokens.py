@@ -35,7 +35,7 @@ def build(chat: ChatTokenizer, path: Path, records: list[Any], **changes: Any) -
 
 
 def ids_of(chat: ChatTokenizer, rendered: str) -> list[int]:
-    """What the tokenizers library makes of a text with control tokens."""
+    """The ids that the tokenizers library gives for a text with control tokens."""
     return chat.tokenizer.encode(rendered, add_special_tokens=False).ids
 
 

@@ -1,4 +1,4 @@
-"""Files to samples: what is kept, what is left out and why, who is on which side, and a cache that is never wrong."""
+"""Files to samples: what is kept, what is skipped and why, the split, and a cache that is never stale."""
 
 from __future__ import annotations
 
@@ -666,7 +666,7 @@ def test_data_files_are_looked_up_once(tmp_path: Path, chat: ChatTokenizer, monk
 
 
 def test_edited_data_code_is_not_answered_from_the_cache(tmp_path: Path) -> None:
-    """A copy of the package is edited, as somebody who changes nanoft would do."""
+    """Edits a copy of the package, as a user who changes nanoft would."""
     file = write(tmp_path / "d.jsonl", [{"document": f"text {n}", "summary": "short"} for n in range(10)])
     shutil.copytree(ROOT / "nanoft", tmp_path / "copy" / "nanoft", ignore=shutil.ignore_patterns("__pycache__"))
     formats = tmp_path / "copy" / "nanoft" / "data" / "formats.py"
@@ -750,7 +750,7 @@ def test_a_damaged_entry_is_built_again(chat: ChatTokenizer, tmp_path: Path, nam
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_records_end_in_counts_that_add_up(chat: ChatTokenizer, tmp_path: Path, data: st.DataObject) -> None:
-    """Kept and left out are all that was read; no sample is too long or without a target; packing loses none."""
+    """Kept plus skipped records are all records read; no sample is too long or without a target; packing loses none."""
     word = st.text(st.sampled_from("abc é\n<s>[INST]\x07"), max_size=30)
     record = st.builds(pair, word, word) | st.just("{") | st.builds(pair, st.integers(), word)
     records = data.draw(st.lists(record, min_size=1, max_size=25))

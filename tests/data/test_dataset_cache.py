@@ -1,4 +1,4 @@
-"""What is built once: found again, never believed when it is damaged, never half there."""
+"""The cache of tokenized data: found again, rebuilt if it is damaged, never incomplete."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Builder:
-    """Writes two files, counts how often, and keeps what is said."""
+    """Writes two files, counts how often, and records messages."""
 
     def __init__(self) -> None:
         self.built = 0
@@ -117,7 +117,7 @@ def test_a_build_that_fails_or_dies_leaves_nothing(home: Path) -> None:
 
 
 def test_the_entry_is_made_real_last(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever step of writing fails, the next call builds again and gets it whole."""
+    """If any step of writing fails, the next call builds the complete entry."""
     for place, step in ((Path, "write_text"), (os, "rename")):
         build = Builder()
 
@@ -133,7 +133,7 @@ def test_the_entry_is_made_real_last(home: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_two_builders_of_the_same(home: Path) -> None:
-    """The second finds that the first was faster, and leaves in place what that one may be reading already."""
+    """The second finds the entry of the first, and does not replace files that the first may be reading."""
     inner = Builder()
     opened: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Which shape the records of a file have, and what else its fields are called."""
+"""Detecting the shape of a file's records, and other names of their fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is held out: the same records for the same seed, groups on one side, strata in proportion."""
+"""Held-out records: the same ones for the same seed, groups on one side, strata in proportion."""
 
 from __future__ import annotations
 

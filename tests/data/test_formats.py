@@ -1,4 +1,4 @@
-"""Raw records to conversations: every shape, how it is told, and what a conversation must be."""
+"""Raw records to conversations: every shape, its detection, and the rules that a conversation must satisfy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def speak(*said: tuple[Any, Any], **more: Any) -> dict[str, Any]:
 
 
 def read(path: Path, records: list[Any], **reading: Any) -> tuple[str, list[Conversation], list[Rejected]]:
-    """The shape, the good and the bad of a file that is written with these records."""
+    """The shape, the valid and the rejected records of a file with these records."""
     if path.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(records), path)
     else:
@@ -453,7 +453,7 @@ def test_garbage_is_all_and_only_what_no_text_has(path: Path) -> None:
 
 
 def test_no_depth_is_too_deep_to_be_reported(tmp_path: Path) -> None:
-    """What the JSON reader just takes may be too deep for what puts it into a message."""
+    """A record that the JSON reader accepts may be too deep for the code that formats the message."""
     reasons: list[str] = []
     for depth in range(800, 1001):
         deep = "[" * depth + "]" * depth
@@ -764,7 +764,7 @@ RECORDS = st.sampled_from(sorted(SHAPES)).flatmap(
 
 
 def assert_sound(c: Conversation) -> None:
-    """What everything behind relies on."""
+    """Assert the properties that later stages rely on."""
     if c.text is not None:
         assert (c.messages, c.tools) == ([], None)
         assert c.text.strip()
@@ -836,7 +836,7 @@ def test_any_record_becomes_a_sound_conversation_or_a_reason(
 
 @pytest.mark.slow
 def test_the_drawn_records_are_not_all_bad(scratch: Path) -> None:
-    """Else the test above would test little."""
+    """Otherwise the test above would test little."""
     counts = dict.fromkeys(SHAPES, 0)
 
     @settings(ANY, max_examples=1000, database=None)

@@ -1,4 +1,4 @@
-"""What the data looks like to the model: checks against data and templates that are right and that are wrong."""
+"""The checks of data and templates, on right and on wrong ones."""
 
 from __future__ import annotations
 

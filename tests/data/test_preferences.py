@@ -495,7 +495,7 @@ def test_a_length_bias_and_pairs_that_hardly_differ_are_reported(path: Path, cha
     def warnings(longer: int, count: int = 60) -> list[str]:
         texts = [("yes, of course it is", "no") if n < longer else ("yes", "no, by no means") for n in range(count)]
         records = [{"prompt": f"Question {n}", "chosen": a, "rejected": b} for n, (a, b) in enumerate(texts)]
-        return [line for line in describe_data(build(path, chat, records).report) if "the longer one" in line]
+        return [line for line in describe_data(build(path, chat, records).report) if "answer is longer" in line]
 
     assert warnings(30) == warnings(34) == []
     (line,) = warnings(54)

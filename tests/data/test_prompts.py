@@ -1,4 +1,4 @@
-"""Records to prompts: every form that rewards are learned from, what rewards get of it, both sides, and the cache."""
+"""Records to prompts: every shape, what rewards get of a record, the split, and the cache."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def build(chat: ChatTokenizer, path: Path, records: list[dict[str, Any]], learns
 
 
 def questions(record: dict[str, Any], count: int = 20) -> list[dict[str, Any]]:
-    """The record, asked of many numbers."""
+    """Variants of the record with many numbers."""
     text = json.dumps(record)
     return [json.loads(text.replace("What is 1", f"What is {n}")) for n in range(count)]
 

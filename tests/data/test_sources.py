@@ -1,4 +1,4 @@
-"""Which files are read, and what comes of files and records that are not what they should be."""
+"""Which files are read, and what happens to files and records that are not what they should be."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOOD = b'{"prompt": "Q", "completion": "A"}'
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Nothing may hang."""
+    """A time limit, so that nothing can hang."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds} s")
@@ -99,8 +99,8 @@ def test_files_are_found(tree: Path, spec: str) -> None:
 
 
 NOT_FOUND = {
-    "": "is empty",
-    "  ": "is empty",
+    "": "empty: give",
+    "  ": "empty: give",
     "nothing.json": "nothing.json: no such file",
     "a.json,,b.jsonl": "no such file",
     "a.json,nothing": "nothing: no such file",
@@ -240,13 +240,13 @@ SPLITS: dict[str, tuple[str, str | list[str], str | list[str]]] = {
     "folders": ("train/0000.parquet train/0001.parquet test/0000.parquet",
                 ["train/0000.parquet", "train/0001.parquet"], ["test/0000.parquet"]),
     "configurations": ("main/train.jsonl main/test.jsonl socratic/train.jsonl socratic/test.jsonl",
-                       "has 2 candidate splits (main/train.jsonl, socratic/train.jsonl): name one: ",
-                       "has 2 candidate splits (main/test.jsonl, socratic/test.jsonl): name one: "),
+                       "has 2 candidate splits (main/train.jsonl, socratic/train.jsonl): name one, such as ",
+                       "has 2 candidate splits (main/test.jsonl, socratic/test.jsonl): name one, such as "),
     "sharded configurations": ("a/train-00000-of-00002.jsonl a/train-00001-of-00002.jsonl b/train-00000-of-00001.jsonl",
-                               "has 2 candidate splits (a/train, b/train-00000-of-00001.jsonl): name one: ",
-                               "has 2 candidate splits (a/train, b/train-00000-of-00001.jsonl): name one: "),
+                               "has 2 candidate splits (a/train, b/train-00000-of-00001.jsonl): name one, such as ",
+                               "has 2 candidate splits (a/train, b/train-00000-of-00001.jsonl): name one, such as "),
     "kinds": ("data/train_sft-00000-of-00001.parquet data/train_gen-00000-of-00001.parquet data/test_sft.parquet",
-              "(data/train_gen-00000-of-00001.parquet, data/train_sft-00000-of-00001.parquet): name one: ",
+              "(data/train_gen-00000-of-00001.parquet, data/train_sft-00000-of-00001.parquet): name one, such as ",
               ["data/test_sft.parquet"]),
     "the same twice": ("train.jsonl train.parquet", "(train.jsonl, train.parquet)", "(train.jsonl, train.parquet)"),
     "no split": ("a.jsonl b/c.jsonl", ["a.jsonl", "b/c.jsonl"], ["a.jsonl", "b/c.jsonl"]),
@@ -271,7 +271,7 @@ def test_a_directory_means_one_split(tmp_path: Path, name: str, field: str) -> N
         with pytest.raises(UserError, match=re.escape(wanted)) as raised:
             find_files(str(tmp_path), field)
         assert str(raised.value).startswith(f"{field}: {tmp_path}: has ")
-        place = str(raised.value).rpartition("name one: ")[2]
+        place = str(raised.value).rpartition("name one, such as ")[2]
         assert find_files(place, field)[0]  # what it says to name
         return
     (found,) = find_files(f"{tmp_path}/", field, said.append)
@@ -295,7 +295,7 @@ def test_a_hub_dataset_with_several_configurations_is_not_guessed(hub: type[Hub]
     with pytest.raises(UserError) as raised:
         find_files("hf://datasets/some/data")
     what = "has 3 candidate splits (main/train.jsonl, socratic/train, train_all/train.tsv)"
-    fix = "name one: hf://datasets/some/data/main/train.jsonl"
+    fix = "name one, such as hf://datasets/some/data/main/train.jsonl"
     assert str(raised.value) == f"data.train_file: hf://datasets/some/data: {what}: {fix}"
 
 
@@ -306,7 +306,7 @@ def test_what_save_to_disk_wrote_is_named_with_the_command_that_converts_it(tmp_
         (tmp_path / "saved" / name).write_text("{}")
     with pytest.raises(UserError) as raised:
         find_files(str(tmp_path / place))
-    assert "was written by save_to_disk of datasets: convert it: python -c" in str(raised.value)
+    assert "written by save_to_disk of datasets: convert it: python -c" in str(raised.value)
     assert f"load_from_disk('{tmp_path}/saved')['train'].to_json('data.jsonl')" in str(raised.value)
 
 
@@ -322,7 +322,7 @@ def array(*parts: bytes) -> bytes:
 
 
 def answer(value: bytes) -> bytes:
-    """A record whose completion is the value, as it stands."""
+    """A record whose completion is exactly the value."""
     return b'{"prompt": "Q", "completion": ' + value + b"}"
 
 
@@ -354,7 +354,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "zero.jsonl.gz": (b"", ONE_RECORD_NEEDED),
     "blank.jsonl": (b"\xef\xbb\xbf \n\r\n\t\n", ONE_RECORD_NEEDED),
     "blank.json": (b" \n" * 1000, ONE_RECORD_NEEDED),
-    "blank.csv": (b"\n\n\n", ":1: the header has []"),
+    "blank.csv": (b"\n\n\n", ":1: the header is []"),
     "bom.jsonl": (b"\xef\xbb\xbf" + lines(GOOD), (1,)),
     "bom.json": (b"\xef\xbb\xbf" + array(GOOD), (1,)),
     "bom.csv": (b"\xef\xbb\xbf" + HEAD + b"Q,A\n", (1,)),
@@ -430,7 +430,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "object with an array.json": (b'{"version": 1, "data": ' + array(GOOD, GOOD) + b"}", (2,)),
     "object with two arrays.json": (
         b'{"train": [%s], "test": [%s]}' % (GOOD, GOOD),
-        "found 2 arrays: 'train, test': write one of them to a file of its own: jq -c '.train[]' FILE",
+        "found 2 arrays: 'train, test': write one of them to its own file: jq -c '.train[]' FILE",
     ),
     "object with an empty array.json": (b'{"data": []}', ONE_RECORD_NEEDED),
     "object with an array of texts.json": (b'{"data": ["a", "b"]}', "found a table by columns (data)"),
@@ -601,7 +601,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
             "messages is not a list of turns",
             "no assistant message",
             "the first message is from the assistant",
-            *["it needs a role and content"] * 4,
+            *["a turn needs a role and content"] * 4,
             "a turn has no role: its fields are ",
             "a turn has no content: its fields are role",
             "a turn has no role: its fields are content",
@@ -625,10 +625,10 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
     "unclosed quote.csv": (HEAD + b'Q,A\n"Q,A\nQ,A\n', ":3: the quote opened here is never closed"),
     "unclosed header.csv": (b'prompt,"completion\nQ,A\n', ":1: the header is not valid CSV"),
     "stray quote.csv": (HEAD + b'Q,A\n"Q"x,A\nQ,A"B\n', (2, "not valid CSV")),
-    "duplicate header.csv": (b"prompt,completion,prompt\nQ,A,Q\n", ":1: the header has ['prompt'"),
+    "duplicate header.csv": (b"prompt,completion,prompt\nQ,A,Q\n", ":1: the header is ['prompt'"),
     "index without a name.csv": (b",prompt,completion\n0,Q,A\n", (1,)),
-    "two empty names.csv": (b",,prompt,completion\n0,0,Q,A\n", ":1: the header has ['index', '', 'prompt'"),
-    "blank header.csv": (b"prompt,completion, \nQ,A,B\n", ":1: the header has"),
+    "two empty names.csv": (b",,prompt,completion\n0,0,Q,A\n", ":1: the header is ['index', '', 'prompt'"),
+    "blank header.csv": (b"prompt,completion, \nQ,A,B\n", ":1: the header is"),
     "no header.csv": (b"Q,A\nQ,B\n", "unknown shape: its first record has the fields Q, A"),
     "nul.csv": (HEAD + b"Q,A\nQ,A\0B\nQ,A\n", (3,)),
     "spaces.csv": (b'prompt, completion\n"Q, please", "A, sir"\n', (1,)),

@@ -1,4 +1,4 @@
-"""Templates from strangers: what they may do, as in transformers; and what they may not, within bounds."""
+"""Untrusted templates: what they may do, as in transformers, and what is refused, within bounds."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ def test_the_template_may_be_a_file_a_setting_or_one_of_several(tmp_path: Path) 
             "chat_template: expected a string, found 3",
         ),
         ({"tokenizer_config": {"bos_token": 1}}, "tokenizer_config.json: bos_token: expected a string, found 1"),
-        ({"generation_config": {"eos_token_id": ["a"]}}, "generation_config.json: eos_token_id: expected ids"),
-        ({"generation_config": {"eos_token_id": [True]}}, "generation_config.json: eos_token_id: expected ids"),
+        ({"generation_config": {"eos_token_id": ["a"]}}, "generation_config.json: eos_token_id: expected token ids"),
+        ({"generation_config": {"eos_token_id": [True]}}, "generation_config.json: eos_token_id: expected token ids"),
     ],
 )
 def test_a_setting_of_the_wrong_type_is_refused(files: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is measured, against transformers and against cases whose answer is known beforehand."""
+"""Evaluation against transformers and against cases with known results."""
 
 from __future__ import annotations
 

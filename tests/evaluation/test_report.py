@@ -1,4 +1,4 @@
-"""The report: figures with intervals, a verdict that says no more than they do, and what qualifies it."""
+"""The report: figures with intervals, a verdict that they support, and its caveats."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ def test_the_leak_check_of_a_split_is_told_as_it_was_made() -> None:
     assert said("warn", shared_prompts=7).startswith("7 training records have the prompt of a validation record;")
     assert said("warn", leaks="ignore").startswith("equal prompts were not checked (data.leaks=ignore)")
     assert "4 such training records were removed" in said("warn", removed={"leak": 4})
-    assert "3 training records nearly repeat" in said("warn", near_leaks=3)
+    assert "3 training prompts nearly equal a validation prompt" in said("warn", near_leaks=3)
     assert "near duplicates were not checked" in said("ignore")
 
 

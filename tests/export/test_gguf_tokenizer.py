@@ -1,4 +1,4 @@
-"""Token ids from llama.cpp, Hugging Face's tokenizers and SentencePiece itself: the same, or the export refuses."""
+"""Token ids from llama.cpp, Hugging Face's tokenizers and SentencePiece: equal, or the export is refused."""
 
 from __future__ import annotations
 

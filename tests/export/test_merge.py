@@ -202,7 +202,7 @@ def test_merging_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--out: needs 4e\+09 GB, but only [\d.e+-]+ GB are free there"):
+    with pytest.raises(UserError, match=r"--out: needs 4e\+09 GB, but only [\d.e+-]+ GB are free"):
         merging.check_room(tmp_path, 4 * 10**18)
 
 

@@ -1,4 +1,4 @@
-"""What goes along with a model: parity against transformers, hashes, the card as the Hub reads it, and the upload."""
+"""Files beside an exported model: parity against transformers, hashes, the card as the Hub reads it, and the upload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fault tests share: the server that forks, and a small run that nothing disturbs, to compare with."""
+"""What the fault tests share: the forking server, and a small undisturbed run to compare with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scene(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 @pytest.fixture(scope="session")
 def every_checkpoint(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that has kept a checkpoint of each step, and its report taken away: it can go on from any."""
+    """A finished run with a checkpoint of each step and without its report: it can resume from any of them."""
     directory = tmp_path_factory.mktemp("every") / "run"
     done = scene.run(directory, "training.save_steps=1", "training.keep_checkpoints=100")
     assert done.code == 0, done.err

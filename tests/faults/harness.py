@@ -1,4 +1,4 @@
-"""Break runs of train.py: a server that has imported everything forks one process a run, and breaks it as told.
+"""Faults in runs of train.py: a server that has imported everything forks a process for each run and injects the fault.
 
 A fresh interpreter spends seconds on importing torch; a fork of one that has done so starts in milliseconds, so that a
 fault at every single operation of a save is a test of seconds. The server computes nothing itself. It reads a request a
@@ -39,7 +39,7 @@ SAVES = r"/checkpoints(/|$)|best\.json"  # the paths of a save
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong in a run, and when."""
+    """A fault in a run, and when it occurs."""
 
     what: str = ""  # kill | torn (half a write, then kill) | an error's number | slow: of an operation
     at: int = 0  # at this operation of those that match

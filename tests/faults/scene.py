@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run has come to, without its times."""
+    """The results of a run, without its times."""
 
     adapter: bytes
     checkpoints: dict[str, dict[str, Any]]  # of each: its files' bytes, and its state
@@ -47,7 +47,7 @@ class Facts:
 
 
 def facts(directory: Path) -> Facts:
-    """Read a finished run; fails if a line of its metrics or a checkpoint is not whole."""
+    """Read a finished run; fails if a line of its metrics or a checkpoint is incomplete."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines()]
     keys = {"train": ("event", "step", "loss", "learning_rate", "grad_norm"), "eval": ("event", "step", "loss")}
     metrics = [tuple(line[key] for key in keys[line["event"]]) for line in lines if line["event"] in keys]
@@ -68,7 +68,7 @@ def facts(directory: Path) -> Facts:
 
 @dataclass
 class Scene:
-    """A base, data, settings, and the run that nothing disturbed."""
+    """A base, data, settings, and the undisturbed run."""
 
     server: Server
     config: Path
@@ -87,7 +87,7 @@ class Scene:
         return self.start(directory, *more, fault=fault).wait()
 
     def check_result(self, directory: Path) -> Facts:
-        """The run came to the same, bit for bit; it may have saved at other steps."""
+        """Assert that the result is the same, bit for bit; the run may have saved at other steps."""
         found, last = facts(directory), f"step-{STEPS:06d}"
         assert found.metrics == self.whole.metrics
         assert found.checkpoints[last] == self.whole.checkpoints[last]
@@ -96,14 +96,14 @@ class Scene:
         return found
 
     def check(self, directory: Path) -> None:
-        """It saved the same on its way, too, and left nothing else behind but checkpoints that it meant to remove."""
+        """Also assert that saves are equal, and that nothing is left except checkpoints that were to be removed."""
         found, expected = self.check_result(directory), self.whole
         assert {name: found.checkpoints[name] for name in expected.checkpoints} == expected.checkpoints
         surplus = [name for name in found.names - expected.names if not name.startswith("checkpoints/step-")]
         assert (surplus, expected.names - found.names) == ([], set())
 
     def goes_on(self, directory: Path, *more: str) -> Outcome:
-        """The same command again brings it to the same end."""
+        """Assert that the same command leads to the same result."""
         done = self.run(directory, *more)
         assert (done.code, done.err) == (0, "")
         self.check(directory)

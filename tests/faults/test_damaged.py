@@ -1,4 +1,4 @@
-"""Checkpoints of a real run, damaged anywhere: noticed, and the one before is taken."""
+"""Checkpoints of a real run, damaged anywhere: the damage is found, and the checkpoint before is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL at any operation and at any instant: the same command goes on and comes to the same, bit for bit."""
+"""SIGKILL at any operation and at any time: the same command resumes, with the same result bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERYTHING = r"/run(/|$)"
 
 
 def newest(directory: Path) -> int:
-    """The step of the newest checkpoint; all of them must be whole, but for one that was being removed."""
+    """The step of the newest checkpoint; all must be complete, except one that was being removed."""
     paths = (directory / "checkpoints").glob("step-*")
     return max(int(verify(path).state["step"]) for path in paths if (path / MANIFEST).is_file())
 
@@ -83,7 +83,7 @@ def test_killed_again_and_again_while_it_recovers(scene: Scene, storms: int, tmp
 
 
 def test_killed_while_it_recovers_from_a_kill(scene: Scene, tmp_path: Path) -> None:
-    """Half a save, then half of what the next start does about it."""
+    """Half a save, then half of the recovery at the next start."""
     directory = tmp_path / "run"
     middle = scene.save_of(4)[len(scene.save_of(4)) // 2]
     assert scene.run(directory, fault=Fault("kill", middle)).code == -signal.SIGKILL

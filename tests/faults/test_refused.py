@@ -1,4 +1,4 @@
-"""A disk that refuses: old checkpoints stay whole, training goes on, and the next save tries again."""
+"""Failing disks: old checkpoints stay intact, training continues, and the next save tries again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LASTING = 10**6
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """Of the checkpoints; each must be whole."""
+    """The steps of the checkpoints, each of which must be complete."""
     return [int(verify(path).state["step"]) for path in sorted((directory / "checkpoints").glob("step-*"))]
 
 
@@ -62,7 +62,7 @@ def test_a_save_that_fails_at_any_operation(scene: Scene, error: int, tmp_path: 
 
 @pytest.mark.parametrize("error", [*ERRORS, errno.EROFS])
 def test_the_last_save_never_worked(scene: Scene, error: int, tmp_path: Path) -> None:
-    """What was saved before stays, the end is not called a success, and the same command tries again."""
+    """Earlier saves stay, the run does not report success, and the same command tries again."""
     directory = tmp_path / "run"
     done = scene.run(directory, fault=Fault(str(error), scene.save_of(4)[0], times=LASTING))
     assert done.code == 2

@@ -1,4 +1,4 @@
-"""Asked to stop anywhere, it stops at the next step with a checkpoint, and goes on to the same end."""
+"""Stop signals at any time: the run saves a checkpoint after the step, and resumes to the same result."""
 
 from __future__ import annotations
 

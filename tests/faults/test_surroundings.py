@@ -1,4 +1,4 @@
-"""Everything around a run that may be odd: the clock, the terminal, the user's home, other processes, other files."""
+"""Odd environments: the clock, the terminal, the home directory, other processes, other files."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_directory_that_is_removed_meanwhile(scene: Scene, tmp_path: Path) -> 
 
 
 def test_data_that_are_edited_meanwhile(scene: Scene, tmp_path: Path) -> None:
-    """What was read at the start is what is trained on; a run that goes on is told that the data are others now."""
+    """Training uses the data that were read at the start; a resumed run reports that the data have changed."""
     data, directory = tmp_path / "data.jsonl", tmp_path / "run"
     shutil.copyfile(scene.records, data)
     running = scene.start(directory, f"data.train_file={data}", fault=SLOW_DISK)

@@ -1,4 +1,4 @@
-"""The chat in a terminal and through a pipe: what is shown, what is remembered, what the commands do."""
+"""The chat in a terminal and through a pipe: output, history, commands."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def chat(directory: Path) -> ChatTokenizer:
 
 
 def byte_tokens(chat: ChatTokenizer, text: str) -> list[int]:
-    """One token a byte, whatever merges the tokenizer has."""
+    """Encode each byte as one token, without the tokenizer's merges."""
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
     ids = [chat.tokenizer.token_to_id(spelled) for piece, _ in pieces for spelled in piece]
     assert None not in ids
@@ -153,7 +153,7 @@ def test_commands(
     run_lines(session_of(chat, script), "\n".join([*lines, "/etc/passwd?", "/help", "/quit", "q6"]), monkeypatch)
     out, err = capsys.readouterr()
     assert out.replace("> ", "") == "A1\nbase: B1\nA2\nA3\nA4\n"
-    assert err.removeprefix(BANNER) == f"no question yet\n/etc/passwd?: unknown command{KNOWN}\n{HELP}\n"
+    assert err.removeprefix(BANNER) == f"there is no question yet\n/etc/passwd?: unknown command{KNOWN}\n{HELP}\n"
     brief = "<|im_start|>system\nbe  brief<|im_end|>\n"
     assert script.asked == [
         (user("q1") + OPEN, 50, True),
@@ -225,7 +225,7 @@ def test_a_question_larger_than_the_context_is_refused_and_not_remembered(
 ) -> None:
     script = Script(chat, ["yes" * 20], {})
     session = session_of(chat, script, context=60)
-    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, the model's context 60: shorten it"):
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, the model's context only 60: shorten it"):
         session.ask("y" * 200)
     assert session.messages == []
     session.ask("hi")
@@ -283,7 +283,7 @@ class Terminal:
         self.shown = ""
 
     def until(self, text: str, timeout_s: float = 120) -> str:
-        """What is shown up to and including a text."""
+        """The output up to and including a text."""
         end = time.monotonic() + timeout_s
         while text not in self.shown:
             ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
@@ -296,7 +296,7 @@ class Terminal:
         os.write(self.master, f"{line}\n".encode())
 
     def interrupt(self) -> None:
-        """Ctrl-C, until something is shown: Python overlooks one that comes just before it waits for keys."""
+        """Send Ctrl-C until there is output: Python misses one that arrives just before it waits for keys."""
         for _ in range(20):
             os.kill(self.process.pid, signal.SIGINT)
             if select.select([self.master], [], [], 3)[0]:

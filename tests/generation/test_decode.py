@@ -67,14 +67,14 @@ def test_compiled_blocks_are_not_compiled_again_for_prompts(path: str, tmp_path:
 
 @pytest.fixture(params=["plain", "fast", "prepacked"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the ways to decode is taken: the core's blocks, their twins, twins with prepacked weights."""
+    """The decoding path: the core's blocks, their twins, or twins with prepacked weights."""
     monkeypatch.setattr(decode_kernels, "CACHED_BYTES", 0)
     monkeypatch.setattr(decode_kernels, "MEMORY_SHARE", 1.0 if request.param == "prepacked" else 0.0)
     return str(request.param)
 
 
 def opened(path: str, directory: Path, dtype: torch.dtype = torch.float32, form: Any = None) -> Decoder:
-    """The model for one of these ways."""
+    """The model for one of these paths."""
     model = load_model(directory, CPU, dtype, form).eval()
     if path != "plain":
         assert kernels.apply(model) == ""

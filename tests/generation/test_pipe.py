@@ -52,7 +52,7 @@ def reader_of(chat: ChatTokenizer, **settings: Any) -> LineReader:
 
 
 def through(reader: LineReader, echo: Echo, text: bytes, *more: str) -> str:
-    """What is shown for the input, which arrives in one piece."""
+    """The output for an input that arrives in one piece."""
     source, target = os.pipe()
     os.write(target, text)
     os.close(target)

@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits processors, and samples against the probabilities that they leave."""
+"""Sampling against transformers' logits processors, and samples against the resulting probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and directories that are written: whole or not at all; hashes, and that a changed file is always read again."""
+"""Atomic writes of files and directories; hashes, and that a changed file is always hashed again."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_directory_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
 
 
 def test_hash_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the same by hand."""
+    """Against hashlib on the whole file."""
     monkeypatch.setattr(atomic, "PIECE", 4)
     (tmp_path / "a").write_bytes(b"abcdefghi")
     pieces = b"".join(hashlib.sha256(piece).digest() for piece in (b"abcd", b"efgh", b"i"))

@@ -1,4 +1,4 @@
-"""Progress bars: seen on a terminal if something takes long, and nowhere else."""
+"""Progress bars: shown on a terminal if something takes long, and nowhere else."""
 
 from __future__ import annotations
 

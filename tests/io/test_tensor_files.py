@@ -51,7 +51,7 @@ def test_an_empty_file_of_tensors(tmp_path: Path) -> None:
 
 
 def test_what_the_library_lets_pass(tmp_path: Path) -> None:
-    """The reason why there is a reader of our own: a name that appears twice."""
+    """The reason for nanoft's own reader: the library accepts duplicate names."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(HEADERS["a name twice"][0])
     with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Bounded readers: what is ordinary passes unchanged, what is at a bound passes, what is beyond it does not."""
+"""Bounded readers: ordinary input passes unchanged, input at a bound passes, input beyond it is refused."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from nanoft.model import MLP, Block, Decoder
 from nanoft.models.families import decoder_config
 
 SIZES = {"activation": "silu", "mlp": "gated", "mlp_bias": False}
-SIZES |= {"hidden_size": 8, "intermediate_size": 8}
+SIZES |= {"hidden_size": 8, "intermediate_size": 8, "mlp_limit": None}
 
 
 def group(kind: str, freeze: bool = False, dropout: float = 0.0) -> tuple[list[Any], Any, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""The kernels equal the core: one optimizer step both ways; an edited core is noticed, an unknown family is served."""
+"""The kernels against the core: one optimizer step on both paths; an edited core is noticed; unknown families work."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ GRID = [
 
 
 def pairwise(cases: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Few of the cases that together have every pair of two axes' values that there is in all."""
+    """A small subset of the cases that covers every pair of values of two axes."""
 
     def pairs(case: tuple[Any, ...]) -> set[tuple[int, int, str, str]]:
         return {(i, j, str(case[i]), str(case[j])) for i, j in itertools.combinations(range(len(case)), 2)}

@@ -1,4 +1,4 @@
-"""The Metal path, on a Mac's GPU where there is one (`pytest -m mps`), on a stand-in for it elsewhere: see metal.py."""
+"""The Metal path, on a Mac's GPU (`pytest -m mps`), elsewhere on a simulated one: see metal.py."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
 
 @pytest.fixture
 def mps(request: pytest.FixtureRequest) -> torch.device:
-    """A Mac's GPU, or what stands for one."""
+    """A Mac's GPU, or the simulated one."""
     if not REAL:
         request.getfixturevalue("metal")
     return torch.device("mps")

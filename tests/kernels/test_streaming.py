@@ -26,19 +26,22 @@ CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 
 
-def build(directory: Path, bits: int, fast: bool, host: bool, lora: LoRAConfig, dtype: torch.dtype) -> Decoder:
+def build(
+    directory: Path, bits: int, fast: bool, host: bool, lora: LoRAConfig, dtype: torch.dtype, device: torch.device = CPU
+) -> Decoder:
     quantization = {4: ("nf4", True), 8: ("int8", False), 16: None}[bits]
     store = streaming.keep_on_host if host else None
-    model = load_model(directory, CPU, dtype, quantization, store=store)
+    model = load_model(directory, device, dtype, quantization, store=store)
     inject_lora(model, lora, seed=0)
     if fast:
         assert not kernels.apply(model, lora)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            parameter.data.copy_(0.1 * values)
     model.activation_policy = keep_by_policy("full", 1, model.config.num_layers)
     if host:
-        streaming.stream_blocks(model, CPU)
+        streaming.stream_blocks(model, device)
     return model
 
 
@@ -53,7 +56,7 @@ def step(model: Decoder) -> dict[str, Tensor]:
     """Hidden states, gradients, and the trained parameters after a step of AdamW."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
-    hidden = model.train()(IDS)
+    hidden = model.train()(IDS.to(model.device))
     hidden.float().square().sum().backward()
     found = {"hidden": hidden.detach()} | {f"gradient of {n}": p.grad.clone() for n, p in trained.items()}
     optimizer.step()
@@ -100,6 +103,27 @@ def test_the_bits_are_those_of_resident_weights(
             assert tensor.equal(found[1][name]), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("bits", [16, 4])
+def test_on_a_gpu_two_blocks_are_there_at_most(bits: int, tmp_path: Path) -> None:
+    """Of 16 blocks of 50 MB in 16 bits, with the copies on a stream of their own."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "head_dim": 256}
+    make_reference("mistral", tmp_path, **sizes)
+    device, found, peaks = torch.device("cuda"), list[dict[str, Tensor]](), list[int]()
+    for host in (False, True):
+        model = build(tmp_path, bits, True, host, LoRAConfig(rank=4), torch.bfloat16, device)
+        step(model)
+        torch.cuda.reset_peak_memory_stats()
+        found.append(step(model))
+        peaks.append(torch.cuda.max_memory_allocated())
+        del model
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-2, atol=1e-4, msg=name)
+    linears = 16 * (2 * 1024 * 1024 + 2 * 512 * 1024 + 3 * 4096 * 1024) * bits / 8
+    assert peaks[0] - peaks[1] > 0.8 * linears
+
+
 Event = tuple[str, int]
 
 
@@ -144,7 +168,7 @@ def test_the_next_block_is_requested_before_a_block_computes(base: Path, monkeyp
 
 @pytest.mark.parametrize("bits", rest_is_slow([16, 4], 4))
 def test_a_whole_run_is_the_same(bits: int, tmp_path: Path) -> None:
-    """Begun with streamed blocks, ended with resident ones; its loss, evaluations, answers and adapter."""
+    """Begun with streamed blocks, ended with resident ones; its losses, evaluations and adapter."""
     short = {"quantization__bits": bits, "training__lr_scheduler": "constant", "training__warmup_ratio": 0.0}
     for name, device, steps in (("whole", "auto", 8), ("run", "host", 5), ("run", "auto", 8)):
         own = {"model__base_device": device, "training__max_steps": steps, "evaluation__prompts": 1}

@@ -1,4 +1,4 @@
-"""Triton's kernels: their formulas on a CPU, by Triton's interpreter; what they take of a GPU, by its compiler."""
+"""Triton's kernels: their formulas, in Triton's interpreter on a CPU; and the GPU resources of compiled kernels."""
 
 from __future__ import annotations
 

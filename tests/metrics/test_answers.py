@@ -1,4 +1,4 @@
-"""Metrics against rouge-score, sacrebleu, and cases whose value is known."""
+"""Metrics against rouge-score, sacrebleu, and cases with known values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals and p-values against every resample there is, and against the normal distribution."""
+"""Intervals and p-values against the exhaustive set of resamples, and against the normal distribution."""
 
 from __future__ import annotations
 

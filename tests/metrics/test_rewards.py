@@ -1,4 +1,4 @@
-"""Rewards: metrics and functions of the user's own, hostile ones too, as numbers or as NaN with one line."""
+"""Rewards: metrics and user functions, hostile ones too, give a number, or NaN and one line."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def answered(answer: str, number: int = 3, **record: Any) -> Answered:
 
 
 def rewards(*names: str, weights: tuple[float, ...] = (), timeout: float = 5.0) -> tuple[Rewards, list[str]]:
-    """The functions, and what they say."""
+    """The reward functions, and their messages."""
     said: list[str] = []
     config = Config().override({"rl.reward": names, "rl.reward_weights": weights, "rl.reward_timeout": timeout})
     return Rewards(config.rl, said.append), said

@@ -1,4 +1,4 @@
-"""Adapter files: ours load in PEFT, PEFT's load here, with the same logits; PiSSA's conversion; what is refused."""
+"""Adapter files: nanoft's load in PEFT and PEFT's here, with the same logits; PiSSA's conversion; what is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def logits(model: Any) -> Tensor:
 
 
 def trained(base: Path, lora: LoRAConfig = PLAIN) -> tuple[Decoder, dict[str, LoRALinear]]:
-    """An adapter that says something."""
+    """An adapter that changes the logits."""
     model, adapters = adapted(base, lora)
     randomize(adapters)
     return model.eval(), adapters
@@ -155,7 +155,7 @@ def test_twice_the_rank_has_the_same_scaling(rslora: bool, base: Path) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_checkpoint_brings_every_bit_back(name: str, base: Path) -> None:
-    """On whatever the model was before, also if a decomposition came out differently."""
+    """Whatever the model's state was before, also if a decomposition gave another result."""
     model, adapters = trained(base, variant(name))
     tensors = {key: tensor.clone() for key, tensor in adapter_tensors(adapters).items()}
     other, others = trained(base, variant(name))

@@ -249,7 +249,7 @@ CLOSE: list[tuple[str, dict[str, object], str]] = [
     ("granite", {"num_local_experts": 8}, "num_local_experts: 8: unknown field of granite"),
     ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop: 0.1 is not supported: only 0.0 is"),
     ("phi3", {"partial_rotary_factor": 0.7}, "partial_rotary_factor: 0.7 rotates 11 of 16 dimensions, not pairs"),
-    ("phi3", {"partial_rotary_factor": 0.01}, "partial_rotary_factor: 0.01: 0 of 16 dimensions: not pairs"),
+    ("phi3", {"partial_rotary_factor": 0.01}, "partial_rotary_factor: 0.01 rotates 0 of 16 dimensions, not pairs"),
     ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor: 1.5 is not between 0 and 1"),
     (
         "phi3",
@@ -266,7 +266,7 @@ CLOSE: list[tuple[str, dict[str, object], str]] = [
     ("llama", {"intermediate_size": None}, "intermediate_size: None is not a whole number"),
     ("llama", {"architectures": "LlamaForCausalLM"}, "architectures: 'LlamaForCausalLM' is not a list of names"),
     ("llama", {"architectures": [7]}, "architectures: .7. is not a list of names"),
-    ("llama", {"rope_parameters": [1, 2]}, "rope_parameters: .1, 2. is not a type and its fields"),
+    ("llama", {"rope_parameters": [1, 2]}, "rope_parameters: .1, 2. is not an object with a"),
     ("llama", {"rope_parameters": {"rope_type": ["yarn"]}}, "rope type .'yarn'. is not supported"),
     ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings: 'no' is neither true nor false"),
     ("llama", {"num_key_value_heads": 3}, "num_attention_heads: 4 is not a multiple of num_key_value_heads, 3"),

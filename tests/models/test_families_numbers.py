@@ -15,7 +15,7 @@ import torch
 from adapters import CPU, peft_model, peft_name, randomize
 from peft import PeftModel
 from tiers import rest_is_slow
-from tiny_families import CASES, FIRST, LONGROPE, NO_DROPOUT, SHAPES, make_family
+from tiny_families import CASES, FIRST, LONGROPE, NO_DROPOUT, SHAPES, make_family, split_experts
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -33,8 +33,9 @@ from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, name_in_peft, save_adapter
 from nanoft.models.families import FAMILIES
 from nanoft.models.model_files import ModelFiles
-from nanoft.models.open import open_model
-from nanoft.models.weights import load_model
+from nanoft.models.open import open_model, read_trained_adapter
+from nanoft.models.weights import load_model, save_model
+from nanoft.nf4 import Linear4bit
 from nanoft.training.memory_plan import count_parameters, estimate_memory
 from tiny_models import make_packed
 
@@ -45,6 +46,7 @@ IDS = torch.randint(3, 199, (2, 90), generator=torch.Generator().manual_seed(3))
 LENGTHS = (30, 60, 12, 78)  # two rows; with windows of 8 to 16, and contexts of pre-training of 16 to 64
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS]).view(2, 90)
 DOCUMENTS = Documents(LENGTHS, torch.tensor((0, *LENGTHS), dtype=torch.int32).cumsum(0).int())
+HAS_EXPERTS = [name for name, shapes in SHAPES.items() if shapes[0].get("num_experts_per_tok")]
 LORA = LoRAConfig(rank=4, alpha=10.0, target_modules=("all-linear",))
 
 
@@ -87,12 +89,13 @@ def mean_loss(model: Decoder, ids: Tensor = IDS) -> Tensor:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """Under transformers' names, of weights as (out, in)."""
+    """Under transformers' names, of weights as (out, in), of experts each its own."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if isinstance(model, Decoder):
         return {name_in_peft(model.config, name): gradient for name, gradient in found.items()}
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    return {name: gradient.t() if name in turned else gradient for name, gradient in found.items()}
+    found = {name: gradient.t() if name in turned else gradient for name, gradient in found.items()}
+    return split_experts(found, interleaved=model.config.model_type == "gpt_oss")
 
 
 def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -229,6 +232,8 @@ def test_a_step_with_adapters_is_that_of_peft(
     case: tuple[str, int], form: Any, saved: Saved, tmp_path: Path, differs: Differs
 ) -> None:
     base = saved(case)
+    if case[0] in HAS_EXPERTS:
+        pytest.skip("PEFT has stacked experts: a test of their own")
     if form:  # bitsandbytes takes wrong scales on a CPU for rows that are no multiple of 64 (tests/test_nf4.py)
         make_family(case[0], base := tmp_path / "base", case[1], head_dim=16, num_attention_heads=4)
         settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -252,12 +257,60 @@ def test_a_step_with_adapters_is_that_of_peft(
         differs("QLoRA" if form else "LoRA", (tensor - parameters[peft_name(key)]).abs().max(), 1e-5)
 
 
+# PEFT says that it ignores rank_pattern, which it applies to parameters
+experts_in_peft = pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
+
+
+@experts_in_peft
+@pytest.mark.parametrize("form", [None, ("nf4", True)], ids=["lora", "qlora"])
+@pytest.mark.parametrize("name", HAS_EXPERTS)
+def test_a_step_with_adapters_of_experts_is_that_of_peft(
+    name: str, form: Any, saved: Saved, tmp_path: Path, differs: Differs
+) -> None:
+    """bitsandbytes leaves stacked experts in 16 bits: the reference has the weights that were packed here."""
+    base = saved((name, 0))
+    model, adapters = adapted(base, True, form)
+    save_adapter(tmp_path / "ours", model, adapters, LORA, str(base), {})
+    reference_base = base
+    if form:
+        plain = load_model(base, CPU, torch.float32)
+        modules = load_model(base, CPU, torch.float32, form).named_modules()
+        packed = {key: module for key, module in modules if isinstance(module, Linear4bit)}
+        assert len(packed) == sum(key.endswith("_proj.weight") for key, _ in plain.named_parameters())
+        for key, linear in packed.items():
+            plain.get_submodule(key).weight.data = linear.dequantize()
+        (reference_base := tmp_path / "rounded").mkdir()
+        save_model(plain, base, reference_base, torch.float32)
+    theirs = PeftModel.from_pretrained(reference(reference_base), tmp_path / "ours", is_trainable=True).train()
+    expected, loss = theirs(input_ids=IDS, labels=IDS).loss, mean_loss(model)
+    assert abs(loss - expected) < 1e-5
+    expected.backward()
+    loss.backward()
+    stacked = {key: p for key, p in theirs.named_parameters() if p.requires_grad}
+    for key, p in stacked.items():  # in B, gate and up have blocks of their own
+        if "lora_B" in key and p.grad is not None:
+            p.grad *= p != 0
+    theirs.save_pretrained(tmp_path / "before")
+    for module in (model, theirs):
+        torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1).step()
+    theirs.save_pretrained(tmp_path / "after")
+    found, wanted = adapter_tensors(adapters), read_trained_adapter(str(tmp_path / "after"), str(base)).tensors
+    before = read_trained_adapter(str(tmp_path / "before"), str(base)).tensors
+    assert found.keys() == wanted.keys()
+    assert any((wanted[key] - before[key]).abs().max() > 1e-3 for key in found if ".experts." in key)
+    for key, tensor in found.items():
+        differs("QLoRA" if form else "LoRA", (tensor - wanted[key]).abs().max(), 1e-5)
+
+
+@experts_in_peft
 @torch.no_grad()
 @every_family
 def test_adapters_go_to_peft_and_come_from_there(
     case: tuple[str, int], saved: Saved, tmp_path: Path, differs: Differs
 ) -> None:
     base = saved(case)
+    if case == ("qwen3_moe", 1):
+        pytest.skip("PEFT takes what is trained of dense layers for experts")
     model, adapters = adapted(base, False)
     model.eval()
     expected = model.logits(model(IDS))
@@ -277,10 +330,26 @@ def test_in_16_bits_logits_are_as_near_as_those_of_transformers(
     case: tuple[str, int], dtype: torch.dtype, saved: Saved
 ) -> None:
     exact = reference(saved(case))(IDS).logits
-    noise = (reference(saved(case), dtype)(IDS).logits.float() - exact).norm()
+
+    def noise(logits: Tensor) -> Tensor:
+        """Of the median token: in a few, two experts are so near that either may be chosen, which others see a bit."""
+        return (logits.float() - exact).norm(dim=-1).median()
+
+    allowed = noise(reference(saved(case), dtype)(IDS).logits)
     for fast in (False, True):
         ours = opened(saved(case), fast, dtype=dtype)
-        assert (ours.logits(ours(IDS)) - exact).norm() < 1.2 * noise
+        assert noise(ours.logits(ours(IDS))) < (1.2 if ours.config.routing is None else 1.5) * allowed
+
+
+def test_random_deltanets_remember_and_forget(saved: Saved) -> None:
+    """In pre-training: every part of a new model gets a gradient, and its heads forget at different rates."""
+    model = load_model(saved(("qwen3_5_text", 0)), CPU, torch.float32, random_seed=0)
+    mean_loss(model).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    rates = model.get_parameter("model.layers.0.linear_attn.A_log").exp()
+    assert rates.unique().numel() == len(rates)
+    assert rates.min() > 0.01
+    assert rates.max() < 16
 
 
 # --- memory

@@ -1,4 +1,4 @@
-"""Windows and ropes of the layers, by what transformers' configurations say of the same fields."""
+"""Windows and ropes of the layers, against transformers' reading of the same fields."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_settings_that_are_what_the_model_is_are_accepted(packed: Path) -> None:
 
 
 def write_sharded(directory: Path, state: dict[str, torch.Tensor], limit: int) -> None:
-    """One file, or several with an index, in the format's own writer."""
+    """Write one file, or several with an index, with the safetensors library."""
     files: list[dict[str, torch.Tensor]] = [{}]
     for name, tensor in state.items():
         if files[-1] and sum(t.nbytes for t in files[-1].values()) + tensor.nbytes > limit:
@@ -141,7 +141,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
 
 
 def set_config(directory: Path, **changes: Any) -> None:
-    """Change config.json; None takes a field out."""
+    """Change config.json; None removes a field."""
     stored = json.loads((directory / "config.json").read_text()) | changes
     (directory / "config.json").write_text(json.dumps({k: v for k, v in stored.items() if v is not None}))
 
@@ -203,7 +203,7 @@ def test_names_that_other_tools_wrapped_are_the_same_weights(rename: Any, tmp_pa
 def test_a_weight_under_two_names_is_refused(tmp_path: Path) -> None:
     make_reference("qwen2", tmp_path)
     rewrite(tmp_path, lambda t: t.update({"module.model.norm.weight": t["model.norm.weight"] + 1}))
-    with pytest.raises(UserError, match=r"model.safetensors: model.norm.weight is there twice"):
+    with pytest.raises(UserError, match=r"model.safetensors: model.norm.weight is stored twice"):
         load(tmp_path)
 
 
@@ -344,7 +344,7 @@ def dangling(directory: Path) -> None:
     [
         (adapter_only, "is an adapter, not a model: set model.name to its base, and lora.start_from={0}"),
         (trainer_output, "only checkpoints of a Trainer: name one of them, such as {0}/checkpoint-1000"),
-        (a_run, "is a run, not a model: set model.name to its base, and lora.start_from={0}"),
+        (a_run, "a run, not a model: set model.name to its base, and lora.start_from={0}"),
         (files_named("model-Q4_K_M.gguf"), "has its weights in GGUF, which is for inference: name the original model"),
         (with_config("model-f16.gguf"), "has its weights in GGUF"),
         (with_config("pytorch_model.bin"), "pickles, such as pytorch_model.bin, which can run code and are not read"),
@@ -369,11 +369,11 @@ def test_a_home_directory_is_found_and_a_wrong_path_is_explained(
     files = ModelFiles.find("~/base")
     assert files.fetch().shards() == [tmp_path / "base" / "model.safetensors"]
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match=r"link: is a link to .*/gone, which is gone"):
+    with pytest.raises(UserError, match=r"link: a link to .*/gone, which is missing"):
         find_model(str(tmp_path / "link"))
-    with pytest.raises(UserError, match=r"config.json: is a file: name the directory of a model .* that it is in"):
+    with pytest.raises(UserError, match=r"config.json: a file: name the directory of a model"):
         find_model(str(tmp_path / "base" / "config.json"))
-    with pytest.raises(UserError, match=r"base is a directory, which has no revision v2: remove it"):
+    with pytest.raises(UserError, match=r"base is a directory, which has no revisions: remove @v2"):
         find_model(ModelConfig(name=str(tmp_path / "base"), revision="v2").reference)
 
 

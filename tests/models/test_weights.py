@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out: against transformers, under a memory limit, and everything that may not fit."""
+"""Reading and writing Hugging Face directories: against transformers, under a memory limit, and with errors in them."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_a_directory_that_is_not_whole_is_explained(damage: Any, message: str, t
 
 
 def set_config(directory: Path, **changes: Any) -> dict[str, Any]:
-    """Change config.json; None takes a field out."""
+    """Change config.json; None removes a field."""
     stored = {**json.loads((directory / "config.json").read_text()), **changes}
     stored = {name: value for name, value in stored.items() if value is not None}
     (directory / "config.json").write_text(json.dumps(stored))
@@ -521,7 +521,7 @@ def test_loading_needs_the_model_and_one_tensor(tmp_path: Path) -> None:
 
 
 def write_sharded(directory: Path, state: dict[str, torch.Tensor], limit: int) -> None:
-    """One file, or several with an index, in the format's own writer."""
+    """Write one file, or several with an index, with the safetensors library."""
     files: list[dict[str, torch.Tensor]] = [{}]
     for name, tensor in state.items():
         if files[-1] and sum(t.nbytes for t in files[-1].values()) + tensor.nbytes > limit:
@@ -807,7 +807,7 @@ def test_embeddings_saved_beside_an_adapter_are_read(runs: Path, tmp_path: Path)
         ({"base_model_name_or_path": 3}, "base_model_name_or_path: 3 is not a name"),
         ({"base_model_name_or_path": "/no/such"}, "adapter_config.json: base_model_name_or_path: /no/such: no such"),
         ({"peft_type": "IA3"}, "peft_type: 'IA3' is not supported"),
-        ({"revision": "v2"}, "is a directory, which has no revision v2"),
+        ({"revision": "v2"}, "is a directory, which has no revisions: remove @v2"),
         ({"lora_bias": True}, "lora_bias: True is not supported"),
         ({"unheard_of": 1}, "unheard_of: 1 is not supported"),
     ],

@@ -1,4 +1,4 @@
-"""Whole runs that learn from rewards: signals while answers are sampled, and memory that runs out between updates."""
+"""Whole runs of GRPO: signals while answers are sampled, and running out of memory between updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an objective need not say: the members that the loop asks for and most leave as they are."""
+"""Defaults of an objective: the members that the loop uses and most objectives do not override."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nanoft.objectives.objective import Objective
 
 
 class Least(Objective):
-    """Only what each has to say."""
+    """An objective with the required members only."""
 
     unit, learns = "samples", "turns"
 
@@ -37,5 +37,5 @@ def test_a_window_is_trained_on_as_it_is_with_nothing_before_or_beside_it() -> N
     assert least.windows(model, window, 1) == [window]
     least.prepare(model, window)
     assert (least.count(window), least.figures(), least.rewards([], [])) == (3, {}, [])
-    assert least.tokens_per_step(batches) == 12
+    assert least.tokens_per_step(Config(), batches) == 12
     assert least.longest(batches).records == [5]

@@ -1,4 +1,4 @@
-"""Whole runs with every objective on preferences: exact however a window is split, and after every interruption."""
+"""Whole runs with every objective on preferences: exact for every split of a window, and after every interruption."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def caller() -> str:
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the CPU wait for a GPU: numbers read, and shapes that depend on values."""
+    """Counts operations that make the CPU wait for a GPU: values read, and shapes that depend on values."""
 
     READ = ("tolist", "numpy", "cpu")
 
@@ -164,26 +164,39 @@ def test_kernels_and_recomputation_change_no_gradient(objective: str, root: Path
     assert equal(again, fast)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("objective", rest_is_slow(BEYOND_SFT, "kto", "grpo"))
-def test_two_ranks_are_one_with_twice_the_accumulation(objective: str, method: str, root: Path, tmp_path: Path) -> None:
+SPLIT: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"training__method": "full"},
+    "lora, sharded": {"training__sharding": "full"},
+    "full, sharded": {"training__method": "full", "training__sharding": "full"},
+    "nf4, sharded": {"quantization__bits": 4, "training__sharding": "full"},
+}
+RUN_BY_DEFAULT = [("kto", "lora"), ("grpo", "full"), ("reward", "nf4, sharded"), ("distill", "lora, sharded")]
+
+
+@pytest.mark.parametrize(
+    ("objective", "variant"), rest_is_slow([(o, v) for o in BEYOND_SFT for v in SPLIT], *RUN_BY_DEFAULT)
+)
+def test_two_ranks_are_one_with_twice_the_accumulation(
+    objective: str, variant: str, root: Path, tmp_path: Path
+) -> None:
     changes = {
-        "training__method": method,
         "model__name": root / "base",
         "data__train_file": root / "pairs.jsonl",
         "training__objective": objective,
         "training__learning_rate": 1e-3,
         "evaluation__prompts": 0,
         **settings_of_run(objective),
+        **SPLIT[variant],
     }
-    assert train.main(quick(tmp_path / "alone", **changes)) == 0
+    assert train.main(quick(tmp_path / "alone", **{**changes, "training__sharding": "none"})) == 0
     _, err = run(2, tmp_path / "two", **{"training__gradient_accumulation_steps": 1, **changes})
     assert codes(tmp_path / "two") == {0: 0, 1: 0}, err
     for kind in ("train", "eval"):
         pairs = zip(events(tmp_path / "two", kind), events(tmp_path / "alone", kind), strict=True)
         for ours, theirs in pairs:
             names = ["loss", *(name for name in theirs if name.startswith(("rewards/", "logps/", "kl")))]
-            if method == "full" and theirs["step"] == 1:  # rewards are still 0, up to rounding
+            if "full" in variant and theirs["step"] == 1:  # rewards are still 0, up to rounding
                 names = [name for name in names if name != "rewards/accuracies"]
             assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], rel=1e-4, abs=1e-5)
     close(result(tmp_path / "two"), result(tmp_path / "alone"), 1e-5)

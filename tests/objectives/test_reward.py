@@ -45,7 +45,7 @@ def pairs(count: int = 6, vocab: int = 199) -> TokenDataset:
 
 
 def rewards_of(reference: Any, samples: TokenDataset) -> Tensor:
-    """What transformers says of each sample alone, (samples,)."""
+    """transformers' reward of each sample alone, (samples,)."""
     with torch.no_grad():
         return torch.cat([reference(torch.from_numpy(s.ids).long()[None]).logits[0] for s in samples])
 
@@ -179,7 +179,7 @@ def test_a_run_learns_to_tell_the_answers_apart(run: str, trained: Path) -> None
 
 @pytest.mark.parametrize("run", ["lora", "full"])
 def test_a_run_judges_answers_as_transformers_does(run: str, trained: Path, tmp_path: Path) -> None:
-    """Each by itself, whatever the others in its batch are; an empty one, too."""
+    """Each answer alone, whatever its batch; also an empty one."""
     directory = merged(trained, run, tmp_path, "--dtype", "f32")
     reference = AutoModelForSequenceClassification.from_pretrained(directory)
     tokenizer, expected, answers = AutoTokenizer.from_pretrained(trained / "base"), [], []

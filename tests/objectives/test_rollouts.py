@@ -1,4 +1,4 @@
-"""Sampled answers: exact, the same however they are batched, from the weights that are trained; and tasks learned."""
+"""Sampled answers: exact, the same in any batch, from the weights that are trained; and tasks that are learned."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def worth(answered: Answered) -> float:
-    """Almost never the same for two answers."""
+    """A reward that is almost never the same for two answers."""
     return float(np.mean([int(word) for word in answered.answer.split() or ["0"]]))
 
 

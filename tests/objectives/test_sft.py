@@ -1,4 +1,4 @@
-"""Objectives against the textbook: the sum over target tokens on all logits, however a window is split."""
+"""Objectives against the textbook: the sum over target tokens on all logits, for every split of a window."""
 
 from __future__ import annotations
 

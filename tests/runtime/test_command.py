@@ -1,4 +1,4 @@
-"""Arguments and mistakes in them, checks, what ends a command, and the signals that stop it."""
+"""Arguments and mistakes in them, checks, exit codes, and the signals that stop a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: they do what one does with more accumulation; and how they end."""
+"""Several processes, started by torchrun: the same result as one process with more accumulation, and how they end."""
 
 from __future__ import annotations
 
@@ -469,7 +469,7 @@ def test_another_number_of_rows_a_step_is_refused_with_the_fix(alone: Path, tmp_
     assert train.main(quick(directory, **EXACT, training__max_steps=2)) == 0
     _, err = run(2, directory)
     assert codes(directory) == {0: 2, 1: 2}
-    assert "a step of this run has 8 rows, and 2 processes with 4 x 2 would take 16: " in err
+    assert "the effective batch size of this run is 8, and 2 processes with 4 x 2 would make it 16: " in err
     assert "set training.micro_batch_size=4 training.gradient_accumulation_steps=1" in err
 
 

@@ -1,4 +1,4 @@
-"""Energy: counters of the system, as files that the tests write."""
+"""Energy readings, from system counters that the tests write as files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def zone(root: Path, number: str, name: str, joules: float, end: float = 1000.0) -> Path:
-    """A counter as powercap shows it."""
+    """A counter in powercap's layout."""
     path = root / f"intel-rapl:{number}"
     path.mkdir(parents=True)
     (path / "name").write_text(f"{name}\n")

@@ -1,4 +1,4 @@
-"""Runs seen from outside: beside one another, and while they go on."""
+"""Comparing runs, and following one while it trains."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_one_plot_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "message"),
     [
         ([], "error: the following arguments are required: RUN"),
-        (["nowhere"], "error: nowhere: not a run that has started"),
+        (["nowhere"], "error: nowhere: has no metrics.jsonl"),
         (["--follow", "a", "b"], "error: --follow: shows one run"),
         (["--follow", __file__], f"error: --follow: {__file__}: not a directory"),
     ],

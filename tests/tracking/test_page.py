@@ -1,4 +1,4 @@
-"""report.html: the figures of report.md, every tag closed, every text escaped, nothing from elsewhere."""
+"""report.html: the figures of report.md, every tag closed, every text escaped, no external references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's curves: read back from whatever is there, drawn as they are, the same bytes every time."""
+"""A run's curves: read from complete and damaged files, drawn correctly, with the same bytes every time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run directory: who owns it, what is kept in it, and the figures and tables it holds."""
+"""The run directory: locking, contents, figures and tables."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that does not know flock."""
+    """A file system without flock."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

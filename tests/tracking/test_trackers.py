@@ -1,4 +1,4 @@
-"""Who is told what a run logs: read back from what TensorBoard, W&B and the process that draws have written."""
+"""Trackers: events read back from the files of TensorBoard, W&B and the plotting process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def needs(package: str) -> None:
 
 
 class Listening:
-    """Keeps what it is told, until it is told of the step at which it fails."""
+    """Records events, and fails at a given step."""
 
     name = "listening"
 
@@ -331,7 +331,7 @@ def test_a_run_of_train_py_tells_them(tmp_path: Path) -> None:
     from runs import quick
 
     class Notebook:
-        """What ipykernel puts in the place of stdout: text only, no file, no terminal."""
+        """ipykernel's replacement of stdout: text only, no file, no terminal."""
 
         encoding, errors = "UTF-8", "strict"
 

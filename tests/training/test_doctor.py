@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def lines(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, tuple[str, str]]]:
-    """Exit code, and by name the outcome of each line and what it says."""
+    """Exit code, and outcome and text of each line by name."""
     code = main(["doctor", *arguments])
     whole = re.sub(r"\n {10,}", " ", capsys.readouterr().out)  # lines that were wrapped
     found = [line.split(maxsplit=1) for line in whole.splitlines()]

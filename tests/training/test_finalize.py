@@ -1,4 +1,4 @@
-"""The end of a run: the result stands whatever becomes of the report."""
+"""The end of a run: the result is saved even if the report fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan against what a model, its optimizer and a step really take, and against published figures."""
+"""The plan against the measured memory of a model, its optimizer and a step, and against published figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ import train
 from nanoft import UserError, kernels
 from nanoft.config import Config, LoRAConfig, QuantizationConfig, TrainingConfig
 from nanoft.lora import inject_lora, linears_of
-from nanoft.model import Decoder
 from nanoft.models.families import decoder_config
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
@@ -282,7 +281,7 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits() -> None:
     assert choose_rows(lambda rows: 10.0 * rows, 12, 59) == 4
     assert choose_rows(lambda rows: 10.0 * rows, 12, 60) == 6
     assert choose_rows(lambda rows: 10.0 * rows, 7, 60) == 1
-    with pytest.raises(UserError, match=r"^model.max_seq_length: one sequence takes 0.00 GB and 0.00 GB are free"):
+    with pytest.raises(UserError, match=r"^model.max_seq_length: one sequence takes 0.00 GB, but only"):
         choose_rows(lambda rows: 10.0 * rows, 12, 9)
 
 
@@ -348,29 +347,13 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(root / "mine.json"), f"output.dir={root / 'run'}", "logging.progress_bar=false", "logging.plots=none"]
 
 
-def test_plan_prints_parts_and_peak_and_loads_nothing(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Decoder, "to_empty", None)
-    monkeypatch.setattr("nanoft.models.weights.open_weights", None)
-    assert train.main([*arguments, "--plan"]) == 0
-    said = capsys.readouterr().out
-    for part in ("process", "linears", "adapters", "gradients", "optimizer", "activations", "backward", "loss", "peak"):
-        assert f"\n{part} " in f"\n{said}"
-    assert "all activations kept" in said
-    assert "tokens 4,096 per step: 16 sequences of model.max_seq_length=256 tokens;" in " ".join(said.split())
-    assert max(map(len, said.splitlines())) <= 80
-    assert "warning" not in said
-    assert not Path(arguments[1].removeprefix("output.dir=")).exists()
-
-
 def test_plan_warns_of_what_the_base_does_not_have(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     doubtful = ["model.max_seq_length=257", "lora.rank=33", "lora.target_modules=q_proj,k_proj"]
     assert train.main([*arguments, "--plan", *doubtful, "training.learning_rate=4e-4", "training.warmup_steps=0"]) == 0
     said = capsys.readouterr().out
     assert "model.max_seq_length: samples have up to 257 tokens, but the base knows 256 positions" in said
     assert "lora.rank: 33 is more than 32, the full rank of model.layers.0.self_attn.q_proj (64 x 32)" in said
-    assert "and so it is for 4 of 4 adapters" in said
+    assert "as for 4 of 4 adapters" in said
     assert "training.learning_rate=0.0004: high for a run without warm-up" in said
     for steps, is_said in ((10, True), (20, False)):  # a warm-up of 0.3 and of 0.6 steps
         assert train.main([*arguments, "--plan", "training.learning_rate=3e-4", f"training.max_steps={steps}"]) == 0

@@ -1,4 +1,4 @@
-"""Each check on right and wrong data, templates and heads; and what a run shows, tries and refuses before step 1."""
+"""Each check on right and wrong data, templates and heads; and what a run prints, tries and refuses first."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_rehearsed_save_counts_the_weights_and_the_state_of_the_optimizer(tmp_
 def test_a_model_that_has_no_room_is_refused_before_its_weights_are_looked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A million million parameters, of which there is only the config.json."""
+    """A model of 10^12 parameters that consists of config.json only."""
     make_chat_model(tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").unlink()
     path = tmp_path / "base" / "config.json"

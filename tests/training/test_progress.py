@@ -295,7 +295,7 @@ def test_answers_that_are_ranked_right_at_once_are_warned_of(step: int, figures:
     for _ in range(2):  # and once only
         warn_of_ease(ctx, state, figures)
     assert len(printed) == warns
-    assert all("every answer is already ranked right" in line for line in printed)
+    assert all("every answer is already ranked correctly" in line for line in printed)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -1,4 +1,4 @@
-"""What train.py does when a step, an evaluation or a save goes wrong: nothing is lost, and the result is the same."""
+"""Recovery of train.py from a failed step, evaluation or save: nothing is lost, and the result is the same."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_going_back_and_resumed_equals_going_back(tmp_path: Path, monkeypatch: P
 
 
 def far_too_high(_: int, real: Any, *args: Any) -> float:
-    """A learning rate that no config may set; at least 1e29, so that it diverges at once."""
+    """A learning rate that no config may set, at least 1e29, so that the run diverges at once."""
     return float(1e30 * real(*args))
 
 
@@ -381,7 +381,7 @@ def test_on_cuda_memory_that_really_runs_out_halves_the_micro_batch(tmp_path: Pa
 
 
 def test_the_clauses_of_the_ladder_are_those_of_recovery() -> None:
-    """OutOfMemory, SkipStep and RollBack are no errors that a command reports; Diverged is."""
+    """OutOfMemory, SkipStep and RollBack are not errors that a command reports; Diverged is."""
     assert issubclass(recovery.RollBack, recovery.SkipStep)
     assert issubclass(recovery.Diverged, TrainingFailed)
     assert not issubclass(recovery.SkipStep, (TrainingFailed, UserError))

@@ -1,4 +1,4 @@
-"""The self-test passes on every kind of run, leaves nothing behind, and each of its checks fails when it should."""
+"""The self-test passes on every kind of run, leaves no files, and each of its checks fails when it should."""
 
 from __future__ import annotations
 

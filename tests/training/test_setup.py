@@ -1,4 +1,4 @@
-"""A job that is made, and brought back: what may change in between, and what is damaged or another's."""
+"""Setup and resuming: what may change in between, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changes while training: the loss that is logged, and checkpoints of earlier versions."""
+"""The training state: the logged loss, and checkpoints of earlier versions."""
 
 from __future__ import annotations
 

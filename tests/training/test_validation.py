@@ -1,4 +1,4 @@
-"""Names of table entries: each entry passes, and a misspelled one is answered with the nearest, in one line."""
+"""Names of table entries: each entry passes, and for a misspelled one a one-line error suggests the nearest."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class TrainsB(LoRALinear):
 @pytest.mark.parametrize(
     ("variant", "changes", "message"),
     [
-        (LoRALinear, {"lora.init": "pissa", "lora.rank": 2049}, "lora.rank: 2049: pissa is saved as LoRA of 2 times"),
+        (LoRALinear, {"lora.init": "pissa", "lora.rank": 2049}, "lora.rank: 2049: pissa is saved as LoRA with 2 times"),
         (LoRALinear, {"lora.init": "pissa", "lora.rank_pattern": {"q": 4000}}, "set lora.rank to 2048 or less"),
         (TrainsB, {"lora.freeze_a": True}, "lora.freeze_a: has no effect with lora.init=default: remove it"),
         (TrainsA, {"training.lora_plus_ratio": 4.0}, "training.lora_plus_ratio: has no effect with lora.init=default"),
