@@ -310,7 +310,7 @@ def with_formulas(
     dtype, (length, heads, size) = x.dtype, x.shape[1:]
     config = DecoderConfig(8, size, size, 1, heads, heads, size, 1e-5, (Rope(),), False, (None,), "", qk_norm="head")
     attn = SelfAttention(config, 0).to(x.device, dtype)
-    for norm in filter(None, (attn.q_norm, attn.k_norm)):
+    for norm in (attn.q_norm, attn.k_norm):
         norm.weight = nn.Parameter(weight, requires_grad=False)
     context, packed = (
         SequenceContext([Rotation(cos, sin)]),

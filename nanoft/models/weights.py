@@ -125,7 +125,9 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
     faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
     tied = model.config.tied
     masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *FP8_UNUSED)
+    shared = [f"model.layers.{layer}.self_attn" for layer, own in enumerate(model.config.layers) if "source" in own]
+    unused = [f"{place}.{part}.weight" for place in shared for part in ("k_proj", "v_proj", "k_norm")]
+    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *FP8_UNUSED, *unused)
     for name, header in headers.items():
         if name in expected:
             forms, wanted = expected[name]
@@ -176,7 +178,7 @@ def load_model(
             _replace(model, name.removesuffix(".weight"), packed)
         else:
             value = tensor if packed is None else packed.dequantize().to(dtype)  # packed: a head
-            distributed.set_parameter(model, name, nn.Parameter(value))
+            distributed.set_parameter(model, name, nn.Parameter(value, model.get_parameter(name).requires_grad))
         if store and name.startswith("model.layers."):
             store(model.get_submodule(name.rpartition(".")[0]))
     return model
@@ -203,6 +205,8 @@ def initialize(model: Decoder, seed: int) -> None:
 def grow_vocabulary(model: Decoder, size: int) -> None:
     """Append rows to the embedding and the head, each the mean of the old rows, up to `size` tokens."""
     more = max(0, size - model.config.vocab_size)
+    if more and model.config.per_layer_size:
+        raise UserError(f"model.add_tokens: {model.config.family} has per-layer embeddings, to which none can be added")
     model.config = replace(model.config, vocab_size=model.config.vocab_size + more)
     for module in [model.model.embed_tokens] + ([] if model.lm_head is None else [model.lm_head]) if more else []:
         mean = module.weight.float().mean(0, keepdim=True).to(module.weight.dtype)
