@@ -102,11 +102,6 @@ class DecoderConfig:
             found += [rope] if rope is not None and rope not in found else []
         return found
 
-    @property
-    def rope(self) -> Rope:
-        """The rope of the layers with the widest view."""
-        return next(iter(self.distinct_ropes), Rope())
-
     def mixer(self, layer: int) -> str:
         return self.mixers[layer] if self.mixers else "attention"
 

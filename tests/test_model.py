@@ -133,8 +133,8 @@ def test_classic_and_current_config_give_the_same_shape(case: str, tmp_path: Pat
     classic.pop("layer_types", None)
     classic["torch_dtype"] = classic.pop("dtype")
     a, b = decoder_config(current), decoder_config(classic)
-    assert (a.windows, a.rope.theta, a.rope.kind) == (b.windows, b.rope.theta, b.rope.kind)
-    assert torch.equal(a.rope.angles(a.head_dim)[0], b.rope.angles(b.head_dim)[0])
+    assert (a.windows, a.ropes[0].theta, a.ropes[0].kind) == (b.windows, b.ropes[0].theta, b.ropes[0].kind)
+    assert torch.equal(a.ropes[0].angles(a.head_dim)[0], b.ropes[0].angles(b.head_dim)[0])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanoft import UserError
 from nanoft.model import DecoderConfig
-from nanoft.models.families import FAMILIES, standard_fields
+from nanoft.models.families import FAMILIES, main_rope, standard_fields
 
 Rule = tuple[str, Callable[[DecoderConfig], bool]]  # the message about a requirement of llama.cpp; whether it holds
 
@@ -73,12 +73,12 @@ FOURTH_NOT: Rule = (
     "no_rope_layers: {} rotates in all layers but every fourth",
     lambda c: all((rope is None) == (layer % 4 == 0) for layer, rope in enumerate(c.ropes, start=1)),
 )
-WHOLE_HEAD: Rule = ("partial_rotary_factor: {} rotates whole heads", lambda c: c.rope.share == 1)
-NO_GROWTH: Rule = ("llama_4_scaling_beta: {} does not scale queries", lambda c: not c.rope.query_growth)
+WHOLE_HEAD: Rule = ("partial_rotary_factor: {} rotates whole heads", lambda c: main_rope(c).share == 1)
+NO_GROWTH: Rule = ("llama_4_scaling_beta: {} does not scale queries", lambda c: not main_rope(c).query_growth)
 # llama.cpp also has other variants of YaRN, but not in all architectures.
 YARN: Rule = (
     "rope type yarn: {} supports only beta_fast 32, beta_slow 1 and truncate",
-    lambda c: c.rope.kind != "yarn" or _turns(c.rope.parameters) == (32, 1, True),
+    lambda c: main_rope(c).kind != "yarn" or _turns(main_rope(c).parameters) == (32, 1, True),
 )
 ALL_BIASES: Rule = ("attention_bias: {} has biases", lambda c: c.qkv_bias)
 USUAL = (ALL_ROTATE, WHOLE_HEAD, NO_GROWTH, YARN)
@@ -109,7 +109,7 @@ SOFT_CAPS: dict[str, Callable[[DecoderConfig], Any]] = {
     "final_logit_softcapping": lambda c: c.logit_cap,
 }
 FINAL_CAP: dict[str, Callable[[DecoderConfig], Any]] = {"final_logit_softcapping": lambda c: c.logit_cap or 0.0}
-GROWTH: dict[str, Callable[[DecoderConfig], Any]] = {"attention.temperature_scale": lambda c: c.rope.query_growth}
+GROWTH: dict[str, Callable[[DecoderConfig], Any]] = {"attention.temperature_scale": lambda c: main_rope(c).query_growth}
 GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "llama": Graph(ropes=WITH_LLAMA3, pairs=True),
     "qwen2": Graph((*USUAL, SQUARE)),
@@ -135,8 +135,8 @@ def architecture(config: DecoderConfig) -> str:
     if name is not None:
         graph, whose = GRAPHS[name], f"llama.cpp's {name}"
         broken = [text.format(whose) for text, holds in graph.requires if not holds(config)]
-        if config.rope.kind not in graph.ropes:
-            broken.append(f"rope type {config.rope.kind}: {whose} does not support it")
+        if main_rope(config).kind not in graph.ropes:
+            broken.append(f"rope type {main_rope(config).kind}: {whose} does not support it")
         if not broken:
             return name
         missing = broken[0]
@@ -195,7 +195,7 @@ def _of_layers(c: DecoderConfig, name: str) -> Any:
 
 def _add_rope(writer: Any, c: DecoderConfig) -> list[str]:
     """Add the metadata of the rope, except for `rope_tensors`; return notes."""
-    rope = c.rope
+    rope = main_rope(c)
     writer.add_rope_dimension_count(int((rope.head_dim or c.head_dim) * rope.share))
     writer.add_rope_freq_base(rope.theta)
     if rope.kind in ("linear", "yarn"):
@@ -214,7 +214,7 @@ def _add_rope(writer: Any, c: DecoderConfig) -> list[str]:
 
 def rope_tensors(c: DecoderConfig) -> dict[str, Tensor]:
     """The divisors of the angular frequencies by GGUF's names, if llama.cpp does not compute them: (rotated / 2,)."""
-    rope = c.rope
+    rope = main_rope(c)
     if rope.kind == "longrope":
         return {f"rope_factors_{n}.weight": torch.tensor(rope.parameters[f"{n}_factor"]) for n in ("long", "short")}
     if rope.kind not in ("llama3", "proportional"):

@@ -16,10 +16,10 @@ from functools import partial
 from typing import Any
 
 from nanoft import UserError
-from nanoft.blocks.deltanet import DeltaNetSizes
+from nanoft.blocks.rope import Rope
 from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig
-from nanoft.models import gemma4
+from nanoft.models import classics, gemma4, recurrent
 from nanoft.models.expert_families import (
     GPT_OSS,
     GPT_OSS_ONLY,
@@ -35,7 +35,6 @@ from nanoft.models.layer_fields import (
     ROPE_FIELDS,
     Fields,
     current_form,
-    read_mixers,
     read_rope,
     read_ropes,
     read_windows,
@@ -127,6 +126,11 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     config = DecoderConfig(**{**common, **switches})
     _check_shape(config)
     return config
+
+
+def main_rope(config: DecoderConfig) -> Rope:
+    """The rope of the layers with the widest view."""
+    return next(iter(config.distinct_ropes), Rope())
 
 
 def text_fields(hf: dict[str, Any]) -> dict[str, Any]:
@@ -345,69 +349,9 @@ def _granite4(hf: Fields) -> dict[str, Any]:
     return {**_granite(hf), "mlp": "fused", "mlp_bias": False, "ropes": (rope,) * hf["num_hidden_layers"]}
 
 
-def _qwen3_5(hf: Fields) -> dict[str, Any]:
-    """Three of four layers are DeltaNets; the others gate their attention, and rotate a quarter of each head."""
-    n, layers = hf.get("full_attention_interval") or 4, hf["num_hidden_layers"]
-    mixers = read_mixers(hf, "linear_attention", [(layer + 1) % n == 0 for layer in range(layers)])
-    sizes = (("num_key_heads", 16), ("num_value_heads", 32), ("key_head_dim", 128), ("value_head_dim", 128))
-    rope = read_rope({"partial_rotary_factor": 0.25, **hf})
-    return {
-        **_attention_bias(hf), "norm_offset": 1.0, "qk_norm": "head", "head_dim": hf.get("head_dim") or 256,
-        "gated_attention": True, "mixers": mixers, "conv_kernel": hf.get("linear_conv_kernel_dim", 4),
-        "delta": DeltaNetSizes(*(hf.get(f"linear_{name}", size) for name, size in sizes)), "ropes": (rope,) * layers,
-    }  # fmt: skip
-
-
-def _lfm2(hf: Fields) -> dict[str, Any]:
-    """Convolutions over three positions, with some layers of attention between them; the MLP's width is computed."""
-    n, full, width = hf["num_hidden_layers"], hf.get("full_attn_idxs"), hf["intermediate_size"]
-    mixers = read_mixers(hf, "conv", [full is None or layer in full for layer in range(n)])
-    if hf.get("block_auto_adjust_ff_dim", True):
-        width = int(2 * width / 3)
-        if (factor := hf.get("block_ffn_dim_multiplier", 1.0)) is not None:
-            multiple = hf.get("block_multiple_of", 256)
-            width = math.ceil(int(factor * width) / multiple) * multiple
-    eps = hf.get("rms_norm_eps")
-    return {
-        "qk_norm": "head", "mixers": mixers, "conv_kernel": hf.get("conv_L_cache", 3),
-        "intermediate_size": width, "norm_eps": 1e-5 if eps is None else eps,
-        "ropes": (read_rope({"rope_theta": 1e6, **hf}),) * n,
-        "tied": hf.get("tie_embedding", hf.get("tie_word_embeddings", True)),
-    }  # fmt: skip
-
-
 def _seed_oss(hf: Fields) -> dict[str, Any]:
     return {"qkv_bias": hf.get("attention_bias", True), "o_bias": hf.get("attention_out_bias", False),
             "mlp_bias": hf.get("mlp_bias", False), "head_dim": hf.get("head_dim") or 128}  # fmt: skip
-
-
-def _gpt2(hf: Fields) -> dict[str, Any]:
-    """Learned positions instead of a rope; the dropout of pre-training is not applied."""
-    return {
-        **_classic(hf), "qkv": "fused", "activation": GELUS[hf.get("activation_function", "gelu_new")],
-        "positions": hf["max_position_embeddings"], "ropes": (None,) * hf["num_hidden_layers"],
-        "intermediate_size": hf.get("n_inner") or 4 * hf["hidden_size"], "tied": hf.get("tie_word_embeddings", True),
-    }  # fmt: skip
-
-
-def _gpt_neox(hf: Fields) -> dict[str, Any]:
-    """Attention and MLP of a block read the same x; a quarter of each head rotates."""
-    bias, share = hf.get("attention_bias", True), hf.get("partial_rotary_factor") or 0.25
-    rope, size = read_rope({**hf, "partial_rotary_factor": share}), hf["hidden_size"] // hf["num_attention_heads"]
-    if hf.get("head_dim") not in (None, size):  # transformers would use it for the rope only
-        raise UserError(f"head_dim: {hf['head_dim']} is not supported: only hidden_size / num_attention_heads, {size}")
-    return {
-        **_classic(hf), "qkv": "interleaved", "activation": GELUS[hf.get("hidden_act", "gelu")], "qkv_bias": bias,
-        "o_bias": bias, "parallel": hf.get("use_parallel_residual", True), "ropes": (rope,) * hf["num_hidden_layers"],
-    }  # fmt: skip
-
-
-def _classic(hf: Fields) -> dict[str, Any]:
-    """LayerNorm, biases everywhere, as many heads of keys as of queries, no gate in the MLP."""
-    heads, biases = hf["num_attention_heads"], dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), True)
-    eps = hf.get("rms_norm_eps")
-    return {**biases, "norm": "layer", "norm_eps": 1e-5 if eps is None else eps, "mlp": "plain",
-            "num_kv_heads": heads, "head_dim": hf["hidden_size"] // heads}  # fmt: skip
 
 
 WINDOWS = ("sliding_window", "layer_types")
@@ -429,43 +373,6 @@ GRANITE4 = """
 """.split()  # noqa: SIM905
 GRANITE4_NAMES = (("shared_mlp.input_linear", "mlp.gate_up_proj"), ("shared_mlp.output_linear", "mlp.down_proj"))
 BIASES = ("attention_bias", "mlp_bias")
-# The last three are of the layers that predict a second token, which are not loaded.
-QWEN3_5 = """
-    attention_bias layer_types full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim
-    linear_num_key_heads linear_num_value_heads mtp_num_hidden_layers mtp_use_dedicated_embeddings mlp_only_layers
-""".split()  # noqa: SIM905
-QWEN3_5_ONLY: dict[str, tuple[Any, ...]] = {"attn_output_gate": (True,), "mamba_ssm_dtype": ("float32",)}
-LFM2 = """
-    layer_types full_attn_idxs conv_L_cache block_auto_adjust_ff_dim block_ffn_dim_multiplier block_multiple_of
-    tie_embedding conv_dim conv_dim_out conv_use_xavier_init block_dim block_mlp_init_scale block_out_init_scale
-    block_use_xavier_init block_norm_eps block_use_swiglu num_heads theta use_pos_enc
-""".split()  # noqa: SIM905
-LFM2_NAMES = (
-    ("embedding_norm", "norm"), ("operator_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
-    ("q_layernorm", "q_norm"), ("k_layernorm", "k_norm"), ("self_attn.out_proj", "self_attn.o_proj"),
-    ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w3", "mlp.up_proj"), ("feed_forward.w2", "mlp.down_proj"),
-)  # fmt: skip
-GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-GPT2_ONLY: dict[str, tuple[Any, ...]] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), (0.0, 0.1))
-GPT2_ONLY |= {"activation_function": tuple(GELUS), "scale_attn_weights": (True,)}
-GPT2_FIELDS = {
-    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions", "intermediate_size": "n_inner", "rms_norm_eps": "layer_norm_epsilon",
-}  # fmt: skip
-GPT2_NAMES = (
-    ("transformer", "model"), ("wte", "embed_tokens"), ("wpe", "embed_positions"), ("ln_f", "norm"), ("h", "layers"),
-    ("ln_1", "input_layernorm"), ("attn.c_attn", "self_attn.qkv_proj"), ("attn.c_proj", "self_attn.o_proj"),
-    ("ln_2", "post_attention_layernorm"), ("mlp.c_fc", "mlp.up_proj"), ("mlp.c_proj", "mlp.down_proj"),
-)  # fmt: skip
-SUMMARY = "summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout"
-NEOX_FIELDS = {
-    "rms_norm_eps": "layer_norm_eps", "rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct",
-}  # fmt: skip
-NEOX_NAMES = (
-    ("gpt_neox", "model"), ("embed_in", "embed_tokens"), ("final_layer_norm", "norm"), ("embed_out", "lm_head"),
-    ("attention.query_key_value", "self_attn.qkv_proj"), ("attention.dense", "self_attn.o_proj"),
-    ("mlp.dense_h_to_4h", "mlp.up_proj"), ("mlp.dense_4h_to_h", "mlp.down_proj"),
-)  # fmt: skip
 FAMILIES: dict[str, Family] = {  # by model_type
     "llama": Family("LlamaForCausalLM", _llama, BIASES, "llama"),
     "mistral": Family("MistralForCausalLM", _mistral, WINDOWS, "llama"),
@@ -498,29 +405,12 @@ FAMILIES: dict[str, Family] = {  # by model_type
         GRANITE4_NAMES,
     ),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), "seed_oss", NO_DROPOUT),
-    "qwen3_5_text": Family("Qwen3_5ForCausalLM", _qwen3_5, tuple(QWEN3_5), None, QWEN3_5_ONLY),
-    "lfm2": Family(
-        "Lfm2ForCausalLM", _lfm2, tuple(LFM2), None, {"conv_bias": (False,)}, {"rms_norm_eps": "norm_eps"}, LFM2_NAMES
+    "qwen3_5_text": Family(
+        "Qwen3_5ForCausalLM", recurrent.qwen3_5, tuple(recurrent.QWEN3_5), None, recurrent.QWEN3_5_ONLY
     ),
-    "gpt2": Family(
-        "GPT2LMHeadModel",
-        _gpt2,
-        ("n_ctx", *SUMMARY.split()),
-        "gpt2",
-        GPT2_ONLY,
-        GPT2_FIELDS,
-        GPT2_NAMES,
-        transposed=True,
-    ),
-    "gpt_neox": Family(
-        "GPTNeoXForCausalLM",
-        _gpt_neox,
-        ("attention_bias", "use_parallel_residual", "classifier_dropout"),
-        "gptneox",
-        {"hidden_act": tuple(GELUS), "hidden_dropout": (0.0,)},
-        NEOX_FIELDS,
-        NEOX_NAMES,
-    ),
+    "lfm2": Family("Lfm2ForCausalLM", recurrent.lfm2, *recurrent.LFM2),
+    "gpt2": Family("GPT2LMHeadModel", classics.gpt2, *classics.GPT2, transposed=True),
+    "gpt_neox": Family("GPTNeoXForCausalLM", classics.gpt_neox, *classics.GPT_NEOX),
 }
 
 # Models with several towers, one of them for text: the possible families of text_config, the default first, each with

@@ -68,7 +68,8 @@ def _full_sizes(hf: Fields, windows: tuple[int | None, ...]) -> dict[str, Any]:
     sizes = {"head_dim": hf.get("global_head_dim") or 512, "num_key_value_heads": number}
     sizes |= {"num_key_value_heads": heads} if shared and (heads := hf.get("num_global_key_value_heads")) else {}
     if "per_layer_config" in hf:  # where a layer differs
-        given, layers = hf["per_layer_config"] or {}, [str(n) for n, window in enumerate(windows) if window is None]
+        given = {number.lstrip("0") or "0": own for number, own in (hf["per_layer_config"] or {}).items()}  # "05": ...
+        layers = [str(layer) for layer, window in enumerate(windows) if window is None]
         sizes = {"head_dim": hf.get("head_dim") or 256, "num_key_value_heads": number, **given.get(layers[-1], {})}
         if given not in ({}, dict.fromkeys(layers, given.get(layers[-1]))) or len(sizes) > 2:
             raise UserError(f"per_layer_config: {given!r:.60} is more than sizes of heads in layers without a window")

@@ -22,7 +22,15 @@ from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
 from nanoft.models.expert_files import expert_headers
-from nanoft.models.families import FAMILIES, decoder_config, file_name, module_name, standard_fields, text_fields
+from nanoft.models.families import (
+    FAMILIES,
+    decoder_config,
+    file_name,
+    main_rope,
+    module_name,
+    standard_fields,
+    text_fields,
+)
 from nanoft.nf4 import CODES
 
 Block = tuple[int, int]  # rows and columns of a weight in FP8 that share a scale
@@ -124,7 +132,7 @@ class ModelFiles:
     def context_length(self) -> float:
         """The number of positions that the model supports, with its rope's scaling; infinite if unspecified."""
         length = self.fields.get("max_position_embeddings") or math.inf
-        rope = self.decoder.rope.parameters
+        rope = main_rope(self.decoder).parameters
         return max(length, (rope.get("original_max_position_embeddings") or length) * (rope.get("factor") or 1))
 
     def shards(self) -> list[Path]:

@@ -28,7 +28,6 @@ from nanoft.batches import Batches
 from nanoft.config import Config
 from nanoft.config.functions import RUN
 from nanoft.config.loading import load_file
-from nanoft.config.settings import config_warnings
 from nanoft.kernels.attention import CHUNK
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.kernels.experts import MULTIPLE
@@ -43,7 +42,7 @@ from nanoft.models.open import find_adapter, is_run, read_trained_adapter, with_
 from nanoft.models.weights import add_score, choose_dequantize, grow_vocabulary
 from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.objectives.rollouts import prompt_lengths
-from nanoft.optim import OPTIMIZERS, check_optimizer, warmup_steps
+from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import Machine
 from nanoft.runtime.memory import OutOfMemory, available_host_bytes, held_bytes, is_out_of_memory
@@ -137,21 +136,6 @@ def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
     name, (out, rank, inputs) = above[0]
     found = f"{rank} is more than {min(out, inputs)}, the full rank of {name} ({out} x {inputs})"
     return (f"lora.rank: {found}, as for {len(above)} of {len(shapes)} adapters: lower it",)
-
-
-def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
-    """Settings that are probably a mistake, for this base and samples of up to `longest` tokens, one line each."""
-    t = planner.config.training
-    warnings = [*config_warnings(planner.config, total_steps), *planner.counts.rank_warnings]
-    high = 2e-4 if t.method == "lora" else 2e-5
-    steps = total_steps or t.max_steps or 10**9  # unknown: many
-    if t.optimizer.startswith("adamw") and t.learning_rate > high and not warmup_steps(steps, t):
-        why = "high for a run without warm-up, because Adam's first moments are noisy"
-        warnings.append(f"training.learning_rate={t.learning_rate}: {why}: set training.warmup_steps")
-    if longest > files.context_length:
-        known = f"{files.context_length:,} positions (max_position_embeddings): lower it"
-        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, but the base knows {known}")
-    return warnings
 
 
 def estimate_memory(

@@ -33,12 +33,11 @@ from nanoft.training.memory_plan import (
     describe_recompute,
     describe_streaming,
     gflop_per_token,
-    plan_warnings,
     resolve_base_device,
     resolve_micro_batch_size,
     suggest_savings,
 )
-from nanoft.training.setup import make_batches
+from nanoft.training.setup import make_batches, plan_warnings
 
 ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 WHOLE_BYTES, FIRST = 20e6, 1000  # data up to this size is tokenized as a whole, of other files so many records each

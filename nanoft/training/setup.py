@@ -30,6 +30,7 @@ from nanoft.config.fields import nearest
 from nanoft.config.loading import Loaded, read_config
 from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
 from nanoft.config.schemas import FIELDS_FILE
+from nanoft.config.settings import config_warnings
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
@@ -53,6 +54,7 @@ from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, loa
 from nanoft.nf4 import Linear4bit, Linear8bit
 from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.objectives.rollouts import with_room_for_answers
+from nanoft.optim import warmup_steps
 from nanoft.runtime import cores, distributed
 from nanoft.runtime.device import Machine, describe_device, library_versions
 from nanoft.runtime.memory import peak_memory_gb
@@ -61,7 +63,6 @@ from nanoft.tracking.trackers import build_trackers, chosen_trackers
 from nanoft.training.memory_plan import (
     Planner,
     describe_streaming,
-    plan_warnings,
     resolve_base_device,
     resolve_micro_batch_size,
 )
@@ -396,6 +397,21 @@ def describe_weights(model: Decoder) -> str:
             found.setdefault(f"frozen in {module.kind}", Counter())[kind] += module.in_features * module.out_features
     parts = {form: ", ".join(f"{kind} {count:,}" for kind, count in own.items()) for form, own in found.items()}
     return "; ".join(f"{form}: {own}" for form, own in sorted(parts.items()))
+
+
+def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
+    """Settings that are probably a mistake, for this base and samples of up to `longest` tokens, one line each."""
+    t = planner.config.training
+    warnings = [*config_warnings(planner.config, total_steps), *planner.counts.rank_warnings]
+    high = 2e-4 if t.method == "lora" else 2e-5
+    steps = total_steps or t.max_steps or 10**9  # unknown: many
+    if t.optimizer.startswith("adamw") and t.learning_rate > high and not warmup_steps(steps, t):
+        why = "high for a run without warm-up, because Adam's first moments are noisy"
+        warnings.append(f"training.learning_rate={t.learning_rate}: {why}: set training.warmup_steps")
+    if longest > files.context_length:
+        known = f"{files.context_length:,} positions (max_position_embeddings): lower it"
+        warnings.append(f"model.max_seq_length: samples have up to {longest:,} tokens, but the base knows {known}")
+    return warnings
 
 
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
