@@ -58,7 +58,6 @@ class Experts(nn.Module):
         """The experts with the k largest logits, (n, k)."""
         return logits.topk(self.chosen, dim=-1).indices
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # how many tokens an expert has keeps changing
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., hidden). Each expert computes all of its tokens at once, which are gathered by expert.
 

@@ -327,17 +327,28 @@ IN_MLX: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_mlx_lm_has_no_qwen3_5_of_text_alone(tmp_path: Path) -> None:
+    make_family("qwen3_5_text", tmp_path)
+    model, adapters = trained(tmp_path)
+    with pytest.raises(UserError, match=r"--format mlx: mlx-lm loads Qwen3\.5 only with"):
+        save_mlx(tmp_path, adapters, PLAIN, model.config, "base")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_5_text"])
 def test_mlx_says_what_we_say_of_every_family(family: str, tmp_path: Path, differs: Any) -> None:
     mx = pytest.importorskip("mlx.core")
     utils = pytest.importorskip("mlx_lm.utils")
     tuner = pytest.importorskip("mlx_lm.tuner.utils")
+    if family == "gemma4_unified_text":
+        pytest.skip("mlx-lm does not have it")
     base, adapter, ids = tmp_path / "base", tmp_path / "adapter", torch.arange(5, 65)[None]
     make_family(family, base, **IN_MLX.get(family, {}))
     config = base / "config.json"  # with both forms of the rope, as a merged model has them
     fields = with_both_rope_forms(json.loads(config.read_text()))
     if family == "granitemoehybrid":
         fields["layer_types"] = ["attention"] * 3  # as on the Hub
+    if family == "gemma4_text":
+        fields["global_head_dim"] = 32  # as on the Hub
     config.write_text(json.dumps(fields))
     if family == "gpt2":  # on the Hub, names of tensors have no prefix
         stored = load_file(base / "model.safetensors")
