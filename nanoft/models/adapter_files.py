@@ -349,7 +349,13 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, str, dict[str, Tensor], d
         raise UserError(f"{pickle}: pickles can run code and are not read: save the adapter again with a newer PEFT")
     if not weights.is_file():
         raise UserError(f"{directory}: {weights.name} is missing: copy the complete adapter directory")
-    tensors, places = standard_names(unstack_adapter(config, load_tensors(weights)), weights)
+    tensors = load_tensors(weights)
+    try:
+        with time_limit(MATCHING_SECONDS, "rank_pattern"):
+            tensors = unstack_adapter(config, tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    tensors, places = standard_names(tensors, weights)
     if config.get("target_parameters"):  # expressions mean the stacks
         places = {name: re.sub(r"(\.experts)\.\d+(?=\.)", r"\1", place) for name, place in places.items()}
     parts = [_split(name) for name in tensors]
@@ -380,7 +386,9 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
     if not isinstance(config.get("base_model_name_or_path") or "", str):
         raise UserError(f"base_model_name_or_path: {config['base_model_name_or_path']!r:.60} is not a name")
     copies = tuple(module for module, part in map(_split, tensors) if part == "weight")
-    targets, rows = config.get("target_modules"), config.get("trainable_token_indices") or {}
+    parameters = config.get("target_parameters")
+    targets = config.get("target_modules") or (parameters and list(places))
+    rows = config.get("trainable_token_indices") or {}
     rows = {module_name(name): ids for name, ids in rows.items()} if isinstance(rows, dict) else rows
     lora = LoRAConfig(
         rank=config.get("r"), alpha=config.get("lora_alpha", 8), bias=config.get("bias") or "none",  # type: ignore
@@ -395,7 +403,7 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
     for saved in config.get("modules_to_save") or ():
         if not any(is_inside(name, module_name(saved)) for name in copies):
             raise UserError(f"modules_to_save: {saved!r:.60} has no tensors: copy the adapter again")
-    narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
+    narrowed = parameters or config.get("exclude_modules") or config.get("layers_to_transform") is not None
     keys = (*lora.rank_pattern, *lora.alpha_pattern)
     has_idle_key = not all(any(by_pattern({key: 1}, place, 0) for place in places.values()) for key in keys)
     if narrowed or has_idle_key or any(place != name for name, place in places.items()):

@@ -77,14 +77,20 @@ def stack_name(name: str) -> str:
 def unstack_adapter(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an adapter in PEFT's format with linears in the place of stacks; `config`: adapter_config.json."""
     found, stacks = dict[str, Tensor](), {name: ADAPTED.match(name.removesuffix(".weight")) for name in tensors}
-    parameters = [str(name).rpartition(".")[2] for name in config.get("target_parameters") or ()]
+    parameters, pattern = config.get("target_parameters") or [], config.get("rank_pattern") or {}
+    if not isinstance(parameters, list) or not isinstance(pattern, dict):
+        raise UserError(f"target_parameters, rank_pattern: {parameters!r:.60}, {pattern!r:.60}: no list, or no object")
+    parameters = [str(name).rpartition(".")[2] for name in parameters]
     for name, tensor in tensors.items():
         if (stack := stacks[name]) is None:
             found[name] = tensor
             continue
         place, inner, factor = stack.groups()
         part = GATE_UP if inner or DOWN not in parameters else DOWN
-        rank = by_pattern(config.get("rank_pattern") or {}, f"{place}.{part}", config.get("r"))
+        try:
+            rank = by_pattern(pattern, f"{place}.{part}", config.get("r"))
+        except re.error as error:
+            raise UserError(f"rank_pattern: not a regular expression: {error}") from None
         if type(rank) is not int or rank < 1 or tensor.dim() != 2 or tensor.shape[factor == "B"] % rank:
             raise UserError(f"{name}: {tuple(tensor.shape)} is no stack of experts of rank {rank!r:.20}")
         own = tensor.unflatten(0, (-1, rank)) if factor == "A" else tensor.unflatten(1, (rank, -1)).permute(2, 0, 1)

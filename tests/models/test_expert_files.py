@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import CPU, make_adapter, randomize
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from transformers import AutoModelForCausalLM
@@ -172,6 +173,46 @@ def test_our_files_come_back(name: str, settings: dict[str, Any], tmp_path: Path
     again = open_model(str(tmp_path / "ours"), CPU, torch.float32)
     assert again.adapters.keys() == adapters.keys()
     assert (logits(again.model) - logits(model)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("targets", [("all-linear", "router"), ("q_proj", "router"), ("down_proj",)], ids=str)
+def test_parameters_that_peft_adapts_go_there_and_come_back(name: str, targets: Any, tmp_path: Path) -> None:
+    """Where no module has an adapter, PEFT writes an empty list of target_modules."""
+    make_family(name, base := tmp_path / "base")
+    lora = LoRAConfig(rank=4, alpha=10.0, target_modules=targets)
+    model = load_model(base, CPU, torch.float32).eval()
+    adapters: Any = inject_lora(model, lora, 1)
+    randomize(adapters)
+    save_adapter(tmp_path / "ours", model, adapters, lora, str(base), {})
+    reference = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    theirs = PeftModel.from_pretrained(reference, tmp_path / "ours").eval()
+    assert (logits(theirs) - logits(model)).abs().max() < 1e-4
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = open_model(str(tmp_path / "theirs"), CPU, torch.float32)
+    assert (logits(again.model) - logits(model)).abs().max() < 1e-4
+    assert again.adapters.keys() == adapters.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_parameters": 3}, "target_parameters, rank_pattern: 3"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern: not a regular expression"),
+        ({"r": 5}, "is no stack of experts of rank 5"),
+        ({"r": "4"}, "is no stack of experts of rank '4'"),
+    ],
+)
+def test_stacks_that_cannot_be_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_family("gpt_oss", tmp_path / "base")
+    path = make_adapter(tmp_path / "base", tmp_path / "adapter") / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message) as raised:
+        open_model(str(tmp_path / "adapter"), CPU, torch.float32)
+    assert str(raised.value).startswith(str(path))
+    assert "\n" not in str(raised.value)
 
 
 def test_experts_of_different_ranks_cannot_be_stacked(tmp_path: Path) -> None:
