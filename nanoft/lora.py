@@ -324,7 +324,8 @@ def _settings_by_name(names: list[str], lora: LoRAConfig) -> dict[str, LoRAConfi
             raise UserError(f"lora.{field}: {unused!r} matches no adapter (such as {names[0]})")
     ranks = {name: by_pattern(lora.rank_pattern, name, lora.rank) for name in names}
     alphas = {name: by_pattern(lora.alpha_pattern, name, lora.alpha) for name in names}
-    return {name: replace(lora, rank=ranks[name], alpha=alphas[name]) for name in names}
+    own = {pair: replace(lora, rank=pair[0], alpha=pair[1]) for pair in {(ranks[n], alphas[n]) for n in names}}
+    return {name: own[ranks[name], alphas[name]] for name in names}
 
 
 def linears_of(model: nn.Module) -> dict[str, Frozen]:

@@ -132,8 +132,10 @@ def serve_shape(tmp_path: Path, serve_hub: Callable[[Any], None]) -> Callable[[s
 
 @pytest.mark.parametrize("path", SITUATIONS, ids=lambda path: path.stem)
 def test_a_plan_needs_no_weights_and_finds_what_the_config_says(
-    path: Path, serve_shape: Callable[[str], type[Hub]], capsys: pytest.CaptureFixture[str]
-) -> None:
+    path: Path, serve_shape: Callable[[str], type[Hub]], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("nanoft.training.plan.measure_speed", lambda *_: (1e-3, 0.0))
     config = load_file(path)
     hub = serve_shape(config.model.name)
     assert train.main([str(path), "--plan"]) == 0

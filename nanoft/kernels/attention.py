@@ -48,13 +48,11 @@ class FastContext(SequenceContext):
             return super().attend(q, k, v, layer)
         return attend(q, k, v, layer.scores, self.documents, layer.sinks)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as `attend`
     def scan(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, layer: Any) -> Tensor:
         if self.documents is None:
             return self.rule(q, k, v, decay, beta)[0]
         return in_groups(lambda *parts: self.rule(*parts)[0], self.documents, q, k, v, decay, beta)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def convolve(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
         if weight.requires_grad:
             return super().convolve(x, weight, layer)

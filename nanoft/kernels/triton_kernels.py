@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanoft.attention import Rotation, SequenceContext
+from nanoft.blocks.double_quantization import NESTED
 from nanoft.blocks.norms import RMSNorm
 from nanoft.blocks.rope import Rope
 from nanoft.model import ACTIVATIONS, MLP, DecoderConfig, SelfAttention
-from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, unpack_table
+from nanoft.nf4 import BLOCK, CODES, Linear4bit, unpack_table
 
 BLOCKS = 16  # blocks of 64 weights that one program unpacks
 WIDTH = 1024  # numbers of a row that one program activates

@@ -312,6 +312,8 @@ def save_mlx(
     fix = "merge the adapter with --format hf"
     if shape.routing and any(".experts." in name for name in adapters):
         raise UserError(f"--format mlx: mlx-lm has stacks of experts, which are not written here: {fix}")
+    if shape.family == "qwen3_5_text" and not shape.wrapped:
+        raise UserError(f"--format mlx: mlx-lm loads Qwen3.5 only with its images' tower: {fix}")
     linears = only_linears(adapters, "--format mlx: mlx-lm", fix)
     plain, stored = fold_patterns(*as_plain_lora(lora, adapter_tensors(adapters)))
     parts = {A: "lora_a", B: "lora_b", "lora_magnitude_vector": "m"}

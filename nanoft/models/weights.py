@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoft import UserError
+from nanoft.blocks.double_quantization import NESTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
@@ -39,7 +40,7 @@ from nanoft.models.model_files import (
     is_packed,
     read_block,
 )
-from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
+from nanoft.nf4 import BLOCK, CODES, Linear4bit, Linear8bit, packed_bytes, quantize
 from nanoft.runtime import distributed
 from nanoft.runtime.memory import available_bytes
 

@@ -42,7 +42,7 @@ from nanoft.training.setup import make_batches
 
 ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 WHOLE_BYTES, FIRST = 20e6, 1000  # data up to this size is tokenized as a whole, of other files so many records each
-FEW = 4  # blocks that are tried; with one block less than all, the others' time follows
+FEW, TRIED = 4, 1024  # blocks that are tried, of equal ones two; tokens, or one sequence of more
 
 
 def planned_batches(config: Config, files: ModelFiles) -> Batches:
@@ -59,11 +59,10 @@ def planned_batches(config: Config, files: ModelFiles) -> Batches:
 
 
 def full_batch(planner: Planner) -> Batch:
-    """A micro-batch of sequences of the maximum length, half of whose tokens are targets."""
-    rows, length = planner.config.micro_batch_rows() * planner.unit_size, planner.config.model.max_seq_length
-    ids = np.random.default_rng(0).integers(0, planner.decoder.vocab_size, (rows, length), dtype=np.int32)
-    samples = TokenDataset.of([Sample(row, np.arange(length) >= length // 2, 0) for row in ids])
-    return collate(samples, [[row] for row in range(rows)], 0)
+    """One long sequence, half of whose tokens are targets."""
+    length = min(planner.config.model.max_seq_length, TRIED)
+    ids = np.random.default_rng(0).integers(0, planner.decoder.vocab_size, length, dtype=np.int32)
+    return collate(TokenDataset.of([Sample(ids, np.arange(length) >= length // 2, 0)]), [[0]], 0)
 
 
 def measure_speed(planner: Planner, files: ModelFiles, plan: Plan, batch: Batch) -> tuple[float, float]:
@@ -97,7 +96,9 @@ def measure_speed(planner: Planner, files: ModelFiles, plan: Plan, batch: Batch)
             taken.append((between - before, time.perf_counter() - between))
         return np.median(taken[1:], axis=0)
 
-    most = min(layers, FEW)
+    kinds = [getattr(planner.decoder, name) for name in per_layer]
+    are_equal = all(one == kind[0] for kind in kinds for one in kind)
+    most = 2 if are_equal and layers > FEW else min(layers, FEW)
     all_tried = seconds(most)
     if layers > most:  # what one more block takes, times the blocks that are left
         all_tried = all_tried + (layers - most) * (all_tried - seconds(1)) / (most - 1)
@@ -131,23 +132,25 @@ def show_plan(config: Config) -> int:
     say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
     try:
         batches = planned_batches(config, files)
-        window = batches.window(0)
-        batch = window[len(window) // 2]
+        window = batches.rows(0)
+        rows_tried = window[len(window) // 2]
+        few = max(1, TRIED * len(rows_tried) // sum(int(batches.samples.lengths[row].sum()) for row in rows_tried))
+        batch = collate(batches.samples, rows_tried[-few:], batches.pad_id, batches.pad_to_multiple_of)
         tokens = OBJECTIVES[config.training.objective].tokens_per_step(config, batches)
-        assumed = f"per step of {rows:,} sequences, on average"
+        seen, assumed = int(batch.ids.shape[1]), f"per step of {rows:,} sequences, on average"
     except UserError as error:
-        batch, tokens = full_batch(planner), float(rows * length)
+        batch, tokens, seen = full_batch(planner), float(rows * length), length
         assumed = f"per step: {rows:,} sequences of model.max_seq_length={length:,} tokens ({error})"
     say("tokens", f"{tokens:9,.0f} {assumed}")
     recomputed = sum(one != "all" for one in plan.keep) / len(plan.keep)
-    work = gflop_per_token(planner.decoder, planner.counts, config, int(batch.ids.shape[1]), recomputed)
+    work = gflop_per_token(planner.decoder, planner.counts, config, seen, recomputed)
     say("work", f"{work:9.3g} GFLOP per token")
     if machine.present and plan.peak <= room and config.model.base_device != "host":  # no copies are tried
         with contextlib.suppress(UserError):  # a setting names a block that is not tried
             per_token, update = measure_speed(planner, files, plan, batch)
             own = tokens / config.system.ranks
             step = per_token * own + update
-            of = f"{step:,.2g} s per step, measured on {min(FEW, len(plan.keep))} of {len(plan.keep)} blocks"
+            of = f"{step:,.2g} s per step, measured on a few random blocks"
             say("speed", f"{own / step:9,.0f} tokens/s; {of}")
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * unit, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"

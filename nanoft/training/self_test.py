@@ -66,11 +66,9 @@ class Equation(NamedTuple):
 
 def shorten(config: Config) -> Config:
     """The user's config for a few steps; what a step computes stays unchanged."""
-    changes: dict[str, Any] = {
-        "training.gradient_accumulation_steps": min(2, config.training.gradient_accumulation_steps)
-    }
+    changes: dict[str, Any] = {"model.base_device": "auto"}  # on the device, where single adapters are compared
+    changes |= {"training.gradient_accumulation_steps": min(2, config.training.gradient_accumulation_steps)}
     changes |= {"training.eval_steps": 0, "training.save_steps": STEPS, "training.compile": False}
-    changes |= {"model.base_device": "auto"}  # on the device, where single adapters are compared
     changes |= {"evaluation.on_start": False, "evaluation.samples": 0}
     changes |= {"training.log_steps": 1, "training.early_stopping_patience": 0, "logging.progress_bar": False}
     return config.override(changes)

@@ -80,6 +80,7 @@ def test_an_expert_without_tokens_has_a_gradient_in_training_and_no_work_otherwi
     seen.clear()
     experts.eval()(x)
     assert len(seen) == 2
+    assert experts(x[:, :0]).shape == (1, 0, 8)
 
 
 def test_a_router_in_16_bits_computes_in_float32() -> None:

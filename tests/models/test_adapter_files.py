@@ -327,7 +327,14 @@ IN_MLX: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_mlx_lm_has_no_qwen3_5_of_text_alone(tmp_path: Path) -> None:
+    make_family("qwen3_5_text", tmp_path)
+    model, adapters = trained(tmp_path)
+    with pytest.raises(UserError, match=r"--format mlx: mlx-lm loads Qwen3\.5 only with"):
+        save_mlx(tmp_path, adapters, PLAIN, model.config, "base")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_5_text"])
 def test_mlx_says_what_we_say_of_every_family(family: str, tmp_path: Path, differs: Any) -> None:
     mx = pytest.importorskip("mlx.core")
     utils = pytest.importorskip("mlx_lm.utils")

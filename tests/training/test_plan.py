@@ -38,7 +38,7 @@ def test_plan_prints_parts_peak_tokens_and_speed_without_weights(
     names += ["loss", "peak", "tokens", "work", "speed"]
     assert [name for name in names if f"\n{name} " not in f"\n{said}"] == []
     assert "all activations kept" in said
-    assert "measured on 2 of 2 blocks" in " ".join(said.split())
+    assert "measured on a few random blocks" in " ".join(said.split())
     assert max(map(len, said.splitlines())) <= 80
     assert "warning" not in said
     assert not (tmp_path / "run").exists()
@@ -88,8 +88,8 @@ def test_a_step_is_measured_on_the_micro_batch_and_extrapolated_from_few_blocks(
     """Where time is made to be that of tokens x blocks: 1 s, and 3 s that do not depend on the blocks."""
     planner, files = planner_of(load_config(TINY, ["model.max_seq_length=32", "training.micro_batch_size=2"]))
     clock, batch, blocks = 0.0, full_batch(planner), []
-    assert tuple(batch.ids.shape) == (2, 32)
-    assert batch.target_tokens == 32
+    assert tuple(batch.ids.shape) == (1, 32)
+    assert batch.target_tokens == 16
 
     def loss(self: object, model: torch.nn.Module, batch: object) -> torch.Tensor:
         nonlocal clock
@@ -102,7 +102,7 @@ def test_a_step_is_measured_on_the_micro_batch_and_extrapolated_from_few_blocks(
     for few in (2, 4):  # of the demo's four
         monkeypatch.setattr(plan, "FEW", few)
         kept = planner.choose_activations(2, 32)
-        assert measure_speed(planner, files, kept, batch) == (pytest.approx(7 / 64), 0.0)
+        assert measure_speed(planner, files, kept, batch) == (pytest.approx(7 / 32), 0.0)
     assert set(blocks) == {1, 2, 4}
 
 
