@@ -81,8 +81,7 @@ class DecoderConfig:
     logit_cap: float | None = None  # logits l become cap tanh(l / cap)
     per_layer_size: int = 0  # of what each block reads of a token: nanoft/blocks/per_layer.py
     layer_scalar: bool = False  # a number times the output of each block (Gemma 4)
-    # Of each block, the switches and sizes in which it differs from these.
-    layers: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    layers: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)  # of each block, the fields that differ
     mixers: tuple[str, ...] = ()  # of MIXERS, per layer; none: attention everywhere
     conv_kernel: int = 0  # positions that a convolution sees, its own among them
     delta: DeltaNetSizes | None = None  # of layers with the mixer "deltanet"
@@ -90,7 +89,6 @@ class DecoderConfig:
 
     @property
     def by_layer(self) -> list[DecoderConfig]:
-        """That of each block."""
         return [replace(self, **own) for own in self.layers] or [self] * self.num_layers
 
     @property

@@ -159,8 +159,7 @@ def estimate_memory(
     padding = MULTIPLE / 2 * (cpu and e < 4) / max(tokens, 1)  # rows of an expert that are no token's
     chosen = r.chosen + r.experts * padding if r else 0.0  # rows of experts for each token
     widths = mlp_widths(decoder, chosen)
-    of_layers = enumerate(zip(decoder.by_layer, widths, strict=True))
-    blocks = [kept_by_block(own, counts, config, e, i, rows) * tokens for i, (own, (_, rows)) in of_layers]
+    blocks = [kept_by_block(own, counts, config, e, i, widths[i][1]) * tokens for i, own in enumerate(decoder.by_layer)]
     waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
     inner = max(width * n for width, n in widths) / (2 if decoder.mlp == "plain" else 1)  # without a gate half of it
@@ -218,14 +217,10 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, laye
     if full:  # normed inputs, silu(gate) and the product, too
         kept += 2 * c.hidden_size + inner
         normed += c.hidden_size * sum(map(bool, before))
-    k = c.num_kv_heads * c.head_dim
-    if c.source is not None:  # its keys and values are kept by another block, but for the rotation
-        kept, normed = kept - k, normed - k * bool(c.qk_norm)
-    elif c.v_norm:
-        normed += k
-    if c.per_layer_size:  # gate, gelu(gate), the token's own, their product, and one more residual
-        kept += c.hidden_size + 4 * c.per_layer_size
-        normed += c.hidden_size + c.per_layer_size
+    k, own, p = c.num_kv_heads * c.head_dim, c.source is None, c.per_layer_size
+    kept -= 0 if own else k  # keys and values of another block, but for the rotation
+    normed += (k * c.v_norm if own else -k * bool(c.qk_norm)) + (c.hidden_size + p) * bool(p)
+    kept += (c.hidden_size + 4 * p) * bool(p)  # gate, gelu(gate), the token's own, their product, one more residual
     kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
     if (r := c.routing) and r.layers[layer]:  # rows of experts, their outputs, the normed input, what the router says
         kept += (rows + r.chosen + 4 / e) * c.hidden_size + (4 * r.experts + 32 * r.chosen) / e
@@ -326,8 +321,7 @@ class Planner:
         if not self.config.sampled_tokens:
             return 0.0
         c, e, answers = self.decoder, self.machine.dtype.itemsize, self.config.effective_batch_size()
-        sizes = [layer.num_kv_heads * layer.head_dim for layer in c.by_layer if layer.source is None]
-        slots = 2.0 * sum(sizes) * length * e
+        slots = 2.0 * sum(o.num_kv_heads * o.head_dim for o in c.by_layer if o.source is None) * length * e
         # logits, at a temperature, their softmax and its sums; with top_p also sorted
         logits = c.vocab_size * (e + 16.0 + 16.0 * (self.config.rl.top_p < 1))
         needed = answers / self.config.system.ranks * (slots + logits)
