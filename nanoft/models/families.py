@@ -99,8 +99,9 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     wrapped, hf = text_fields(hf) is not hf, standard_fields(hf)
     for name, most in MOST.items():  # before anything of that size is allocated
         value, may_be_null = hf.get(name, 1), name in ("num_key_value_heads", "head_dim", "n_positions")
-        if not (value is None and may_be_null) and (type(value) is not int or not 1 <= value <= most):
-            raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
+        least = 0 if name in SIZES_OF_EXPERTS and hf.get("num_local_experts") == 0 else 1  # Granite 4 without experts
+        if not (value is None and may_be_null) and (type(value) is not int or not least <= value <= most):
+            raise UserError(f"{name}: {value!r:.60} is not a whole number from {least} to {most:,}")
     family = find_family(hf)
     _refuse_unknown(hf, family)
     refuse_wrong_types(hf)
