@@ -26,7 +26,8 @@ from nanoft.blocks.recurrence import Kept, Recurrence
 class AttentionLayer(Protocol):
     """What a context needs to know about the layer that calls it."""
 
-    index: int  # of the block, from 0: selects its part of a cache
+    index: int  # of the block, from 0
+    source: int  # the block whose keys and values it attends to: selects its part of a cache
     rope: int | None  # index of its rotation; None: no rotation
     scores: Scores
     sinks: Tensor | None  # logits of the term that adds to no value, (h,)
@@ -67,6 +68,7 @@ class SequenceContext(Recurrence):
     def __init__(self, rotations: Sequence[Rotation], documents: Documents | None = None):
         """`rotations`: one for each rope of the model; without documents, each sequence is one document."""
         self.rotations, self.documents = rotations, documents
+        self.tensors: dict[tuple[str, int], Tensor] = {}  # what blocks read besides x, by what and of which block
         self._masks: dict[int | None, Tensor] = {}
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
@@ -118,7 +120,7 @@ class CacheContext(SequenceContext):
 
     def write(self, k: Tensor, v: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor, slice]:
         """Write k and v, (b, 1, g, d), into the cache; return all visible ones, (b, g, k, d), and their slots."""
-        keys, values, end = self.keys[layer.index], self.values[layer.index], self.slot + 1
+        keys, values, end = self.keys[layer.source], self.values[layer.source], self.slot + 1
         keys[:, :, self.slot], values[:, :, self.slot] = k[:, 0], v[:, 0]
         window = layer.scores.window
         seen = slice(0 if window is None else max(0, end - window), end)

@@ -42,7 +42,7 @@ from nanoft.io.untrusted import time_limit
 from nanoft.nf4 import Frozen, matmul
 from nanoft.runtime.distributed import gathered
 
-WORDS = {"all-linear": ".layers.", "attention": ".self_attn.", "mlp": ".mlp."}  # for target_modules: part of the name
+WORDS = {"all-linear": "[.]layers[.]|_model_proj", "attention": "[.]self_attn[.]", "mlp": "[.]mlp[.]"}  # of names
 MATCHING_SECONDS = 5.0  # limit for regular expressions, which may be untrusted: `(.+)+!` never ends
 EXACT_SVD = 1024  # for larger matrices, the largest singular vectors are found by iteration
 SMALLEST = torch.finfo(torch.float32).tiny  # so that a row of zeros can be divided by its norm
@@ -331,7 +331,7 @@ def _settings_by_name(names: list[str], lora: LoRAConfig) -> dict[str, LoRAConfi
 def linears_of(model: nn.Module) -> dict[str, Frozen]:
     """Every linear of the blocks but the routers of experts."""
     found = targets_of(model).items()
-    return {name: m for name, m in found if ".layers." in name and not isinstance(m, Router)}
+    return {name: m for name, m in found if matches_target(name, "all-linear") and not isinstance(m, Router)}
 
 
 def targets_of(model: nn.Module) -> dict[str, Any]:
@@ -345,7 +345,7 @@ def targets_of(model: nn.Module) -> dict[str, Any]:
 def matches_target(name: str, target: str) -> bool:
     """Whether a target is a word of WORDS, the end of the name, or a regular expression that matches all of it."""
     if target in WORDS:
-        return WORDS[target] in f".{name}" and not name.endswith(".router")  # adapted if named itself
+        return bool(re.search(WORDS[target], f".{name}")) and not name.endswith(".router")  # adapted if named itself
     return name == target or name.endswith(f".{target}") or re.fullmatch(target, name) is not None
 
 

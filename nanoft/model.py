@@ -17,8 +17,8 @@ Notation in comments: b batch, q positions, h query heads, g key/value heads, d 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
+from nanoft.blocks import per_layer
 from nanoft.blocks.deltanet import DeltaNetSizes, GatedDeltaNet
 from nanoft.blocks.moe import Experts, Routing
 from nanoft.blocks.norms import NORM_KINDS, RMSNorm
@@ -66,6 +67,9 @@ class DecoderConfig:
     parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)): both halves see the same x (GPT-NeoX)
     norm_offset: float = 0.0  # norms multiply by offset + weight (Gemma: 1)
     qk_norm: str = ""  # norm of queries and keys: over each "head" (Qwen3), over all heads, the "width" (OLMo 2)
+    v_norm: bool = False  # v / rms(v), without a weight (Gemma 4)
+    keys_are_values: bool = False  # v is what k is before its norm and rotation (Gemma 4)
+    source: int | None = None  # the earlier block whose keys and values a block attends to; None: it has its own
     gated_attention: bool = False  # y sigmoid(gate); q_proj has the gate's rows after those of each head (Qwen3.5)
     attention_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
     attention_cap: float | None = None  # scores s become cap tanh(s / cap) (Gemma 2)
@@ -75,10 +79,19 @@ class DecoderConfig:
     residual_scale: float = 1.0  # x + scale * attention(norm(x)) (Granite)
     logit_scale: float = 1.0  # logits = scale * hidden @ head^T
     logit_cap: float | None = None  # logits l become cap tanh(l / cap)
+    per_layer_size: int = 0  # of what each block reads of a token: nanoft/blocks/per_layer.py
+    layer_scalar: bool = False  # a number times the output of each block (Gemma 4)
+    # Of each block, the switches and sizes in which it differs from these.
+    layers: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     mixers: tuple[str, ...] = ()  # of MIXERS, per layer; none: attention everywhere
     conv_kernel: int = 0  # positions that a convolution sees, its own among them
     delta: DeltaNetSizes | None = None  # of layers with the mixer "deltanet"
     wrapped: bool = False  # text is one tower of a larger model
+
+    @property
+    def by_layer(self) -> list[DecoderConfig]:
+        """That of each block."""
+        return [replace(self, **own) for own in self.layers] or [self] * self.num_layers
 
     @property
     def distinct_ropes(self) -> list[Rope]:
@@ -124,6 +137,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         c = config
         self.index, self.head_dim, rope = layer, c.head_dim, c.ropes[layer]
+        self.source, self.keys_are_values = layer if c.source is None else c.source, c.keys_are_values
+        names = [("keys", self.source), ("values", self.source)]  # in a context, of what blocks share
+        self.takes = names if self.source != layer else []
+        self.gives = names if any(own.get("source") == layer for own in c.layers) else []
         self.rope = None if rope is None else c.distinct_ropes.index(rope)
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         self.scores = Scores(scale, c.windows[layer], c.attention_cap, c.sinks)
@@ -132,13 +149,15 @@ class SelfAttention(nn.Module):
         separate, self.interleaved = c.qkv == "separate", c.qkv == "interleaved"
         self.inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj") if separate else ("qkv_proj",)
         self.gated, own = c.gated_attention, [self.widths[0] * (1 + c.gated_attention), *self.widths[1:]]
-        for name, width in zip(self.inputs, own if separate else [sum(self.widths)], strict=True):
+        self.inputs = self.inputs[: 1 if self.takes else 2 if c.keys_are_values else 3]
+        for name, width in zip(self.inputs, own if separate else [sum(self.widths)], strict=False):
             self.add_module(name, nn.Linear(c.hidden_size, width, bias=c.qkv_bias))
         self.o_proj = nn.Linear(self.widths[0], c.hidden_size, bias=c.o_bias)
         self.over_width = c.qk_norm == "width"
         sizes = self.widths if self.over_width else [c.head_dim, c.head_dim]
-        self.q_norm = c.make_norm(sizes[0]) if c.qk_norm else None
-        self.k_norm = c.make_norm(sizes[1]) if c.qk_norm else None
+        self.q_norm: Any = c.make_norm(sizes[0]) if c.qk_norm else identity
+        self.k_norm: Any = c.make_norm(sizes[1]) if c.qk_norm and not self.takes else identity
+        self.v_norm: Any = partial(F.rms_norm, normalized_shape=(c.head_dim,), eps=c.norm_eps) if c.v_norm else identity
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         projected = [getattr(self, name)(x) for name in self.inputs]
@@ -147,21 +166,22 @@ class SelfAttention(nn.Module):
 
     def heads(self, projected: list[Tensor], context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         """Projections (b, q, heads * d), split into heads, normalized and rotated: (b, q, h or g, d)."""
+        parts: Sequence[Tensor] = projected
         if self.interleaved:  # (b, q, h, 3 d)
-            parts: Sequence[Tensor] = projected[0].unflatten(-1, (-1, 3 * self.head_dim)).chunk(3, dim=-1)
-        else:
-            parts = projected if len(projected) == 3 else projected[0].split(self.widths, dim=-1)
-        q, k, v = parts
-        if self.q_norm is not None and self.k_norm is not None and self.over_width:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if not self.interleaved:
-            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
-        if self.gated:
-            q = q[:, :, ::2]  # between the heads are the gates
-        if self.q_norm is not None and self.k_norm is not None and not self.over_width:
-            q, k = self.q_norm(q), self.k_norm(k)
+            parts = projected[0].unflatten(-1, (-1, 3 * self.head_dim)).chunk(3, dim=-1)
+        elif self.inputs == ("qkv_proj",):
+            parts = projected[0].split(self.widths, dim=-1)
+        parts = [*parts, parts[1]] if self.keys_are_values else parts
+        norms = self.q_norm, self.k_norm, self.v_norm
+        parts = [norm(part) for norm, part in zip(norms, parts, strict=False)] if self.over_width else parts
+        parts = parts if self.interleaved else [part.unflatten(-1, (-1, self.head_dim)) for part in parts]
+        parts = [parts[0][:, :, ::2], *parts[1:]] if self.gated else parts  # between the heads are the gates
+        parts = parts if self.over_width else [norm(part) for norm, part in zip(norms, parts, strict=False)]
+        q, k, v = *parts, *(context.tensors[name] for name in self.takes)
+        context.tensors.update(zip(self.gives, (k, v), strict=False))
         q, k = context.rotate(q, k, self)
-        return q.to(v.dtype), k.to(v.dtype), v  # under autocast a norm's float32 weight widens q and k
+        dtype = projected[0].dtype  # under autocast a norm's float32 weight widens its input
+        return q.to(dtype), k.to(dtype), v.to(dtype)
 
     def gate(self, y: Tensor, projected: Tensor) -> Tensor:
         """y sigmoid(gate), (b, q, h * d), if q's projection has a gate after each head (Qiu et al. 2025)."""
@@ -213,6 +233,8 @@ class Block(nn.Module):
         self.norm_names, self.scale, self.parallel = NORMS[config.norms], config.residual_scale, config.parallel
         self.mixer_name, make = MIXERS[config.mixer(layer)]
         self.add_module(self.mixer_name, make(config, layer))
+        self.takes, self.gives = getattr(self.mixer, "takes", []), getattr(self.mixer, "gives", [])  # in the context
+        per_layer.extend_block(self, config, layer)
         self.mlp: Any = MLP(config)
         if (routing := config.routing) and routing.layers[layer]:
             experts = (MLP(config, routing.width) for _ in range(routing.experts))
@@ -232,7 +254,8 @@ class Block(nn.Module):
         """The residual stream after this block, (b, q, hidden); at some positions only, (1, n, hidden)."""
         y = self.add(x, self.norm(1)(self.mixer(self.norm(0)(x), context)))
         x, y = select(x, target_positions), select(y, target_positions)  # from here on, positions are independent
-        return self.add(y, self.norm(3)(self.mlp(self.norm(2)(x if self.parallel else y))))
+        y = self.add(y, self.norm(3)(self.mlp(self.norm(2)(x if self.parallel else y))))
+        return per_layer.finish(self, y, context, target_positions)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """x + scale * y."""
@@ -265,8 +288,9 @@ class Trunk(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(own, layer) for layer, own in enumerate(config.by_layer))
         self.norm = config.make_norm(config.hidden_size)
+        per_layer.extend_trunk(self, config)
         if config.positions:
             self.embed_positions = embedding(config.positions, config.hidden_size)
 
@@ -337,6 +361,7 @@ class Decoder(nn.Module):
         if self.training and self.neftune_alpha:
             x = x + embedding_noise(x, self.neftune_alpha)
         context = self.context(positions, x.dtype, documents)
+        context.tensors |= per_layer.embeddings(self.model, ids, x)
         last = len(self.model.layers) - 1
         for index, (block, policy) in enumerate(zip(self.model.layers, self.activation_policy, strict=True)):
             x = run_block(block, x, context, target_positions if index == last else None, policy)

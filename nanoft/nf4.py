@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
+from nanoft.blocks.double_quantization import NESTED, pack_scales
 
 BLOCK = 64  # weights that share one scale
-NESTED = 256  # scales that share a scale of their own (double quantization)
 # Weights packed or unpacked at a time, to bound memory: on a CPU what fits into its caches, elsewhere more, because
 # each kernel launch has a cost.
 CHUNK, GPU_CHUNK = 1 << 20, 1 << 23
@@ -200,41 +200,6 @@ def _steps(kind: str) -> tuple[int, list[tuple[float, int]]]:
     points, order = torch.tensor(CODES[kind], dtype=torch.float32).sort(stable=True)
     middles = (points[:-1] + points[1:]) / 2
     return int(order[0]), list(zip(middles.tolist(), (order.diff() % 256).tolist(), strict=True))
-
-
-def pack_scales(absmax: Tensor) -> list[Tensor]:
-    """Double quantization: absmax less its mean, in blocks of 256, as 8-bit codes of a dynamic map.
-
-    Returns:
-        codes (blocks,) uint8, their blocks' scales (blocks / 256,), the map (256,), the mean ().
-    """
-    device, absmax = absmax.device, absmax.cpu()  # on other devices the mean differs in its last bit
-    offset = absmax.mean()
-    values = F.pad(absmax - offset, (0, -len(absmax) % NESTED)).view(-1, NESTED)
-    nested = values.abs().amax(1)
-    scaled = (values * (1 / nested.clamp(min=1e-38))[:, None]).clamp(-1, 1)
-    table = _nearest_dynamic()
-    codes = table[((scaled + 1) * 0.5 * (len(table) - 1) + 0.5).int()]  # nearest, up to the grid's rounding
-    codes = (codes * (nested > 0)[:, None]).flatten()[: len(absmax)]
-    return [part.to(device) for part in (codes, nested, dynamic_map(), offset)]
-
-
-@functools.cache
-def dynamic_map() -> Tensor:
-    """256 values in [-1, 1] with more digits near one, more range near zero (Dettmers 2015, 8-bit Approximations)."""
-    values = [torch.tensor([0.0, 1.0])]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
-        means = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [means, -means]
-    return torch.cat(values).sort().values
-
-
-@functools.cache
-def _nearest_dynamic() -> Tensor:
-    """The code of the nearest value of the dynamic map for each of 65,536 points from -1 to 1."""
-    points, values = -1 + 2 * torch.arange(65536) / 65535, dynamic_map()
-    return torch.bucketize(points, (values[:-1] + values[1:]) * 0.5).to(torch.uint8)
 
 
 def pack_8bit(weight: Tensor) -> list[Tensor]:

@@ -11,8 +11,6 @@ Float16 also needs a loss scale: `build_scaler`.
 from __future__ import annotations
 
 import difflib
-import functools
-import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from torch import nn
 
 from nanoft import UserError
 from nanoft.config import TrainingConfig
+from nanoft.runtime.device import without_compiler
 
 Groups = list[dict[str, Any]]  # params, weight_decay, and scale: a factor on the learning rate
 State = dict[str, Any]  # of one parameter
@@ -40,15 +39,8 @@ class Optimizer:
     shardable: bool = True  # whether its state can be split over ranks (FSDP2)
 
 
-@functools.cache
-def eager(kind: Any) -> Any:
-    """The same optimizer without PyTorch's wrappers for its compiler, which would import it: two seconds."""
-    methods = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad", "step")}
-    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(methods["step"])})
-
-
 def _adamw(groups: Groups, t: TrainingConfig) -> torch.optim.Optimizer:
-    return eager(torch.optim.AdamW)(groups, betas=(t.beta1, t.beta2), eps=t.epsilon, fused=True)
+    return without_compiler(torch.optim.AdamW)(groups, betas=(t.beta1, t.beta2), eps=t.epsilon, fused=True)
 
 
 def _adamw_state(_: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> State:
@@ -57,7 +49,7 @@ def _adamw_state(_: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> S
 
 def _sgd(groups: Groups, t: TrainingConfig) -> torch.optim.Optimizer:
     fused = t.sharding == "none"  # PyTorch's fused SGD, unlike its AdamW, does not take sharded parameters
-    return eager(torch.optim.SGD)(groups, momentum=t.momentum, fused=fused)
+    return without_compiler(torch.optim.SGD)(groups, momentum=t.momentum, fused=fused)
 
 
 def _sgd_state(_: Any, group: dict[str, Any], p: nn.Parameter, name: str) -> State:

@@ -13,7 +13,7 @@ import contextlib
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
@@ -29,15 +29,20 @@ def keep_by_policy(policy: str, every: int, layers: int) -> list[ActivationPolic
     return [recomputed if (layer + 1) % step == 0 else "all" for layer in range(layers)]
 
 
-def run_block(
-    block: nn.Module, x: Tensor, context: Any, target_positions: Tensor | None, policy: ActivationPolicy
-) -> Tensor:
+def run_block(block: Any, x: Tensor, context: Any, target_positions: Tensor | None, policy: ActivationPolicy) -> Tensor:
     """block(x, context, target_positions) under a policy; x is (b, q, hidden)."""
     if policy == "all" or not torch.is_grad_enabled():
         return block(x, context, target_positions)
     if not x.requires_grad:  # the first block's, when the embedding is frozen
         x = x.detach().requires_grad_()
+
+    def forward(x: Tensor, *taken: Tensor) -> tuple[Tensor, ...]:  # gradients flow through arguments and results alone
+        context.tensors.update(zip(block.takes, taken, strict=True))
+        return repeatable(x, context, target_positions), *(context.tensors[name] for name in block.gives)
+
     waiting = save_on_cpu(pin_memory=x.is_cuda) if policy == "offloaded" else contextlib.nullcontext()
     repeatable = with_same_dropout(block) if x.device.type == "mps" else block
     with waiting:
-        return checkpoint(repeatable, x, context, target_positions, use_reentrant=True)
+        x, *given = checkpoint(forward, x, *(context.tensors[name] for name in block.takes), use_reentrant=True)
+    context.tensors.update(zip(block.gives, given, strict=True))
+    return x

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nanoft import UserError, nf4
+from nanoft.blocks import double_quantization
+from nanoft.blocks.double_quantization import dynamic_map, pack_scales
 from nanoft.nf4 import (
     CODES,
     Frozen,
     Linear4bit,
     Linear8bit,
-    dynamic_map,
     matmul,
     matmul_backward,
     pack_4bit,
     pack_8bit,
-    pack_scales,
     packed_bytes,
     quantize,
     unpack,
@@ -155,7 +155,7 @@ def test_a_weight_of_several_chunks_packs_as_bitsandbytes_packs_it() -> None:
 
 
 def test_scales_at_the_edges_of_the_8_bit_grid_pack_as_bitsandbytes_packs_them() -> None:
-    codes = nf4._nearest_dynamic()
+    codes = double_quantization._nearest_dynamic()
     edges = (codes.int().diff() != 0).nonzero().flatten() + 0.5  # where the nearest value of the map changes
     near = [(2 * edges / 65535 - 1)]
     for _ in range(20):

@@ -22,6 +22,10 @@ GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 8}
 GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 3}
 GPT2 = {**dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), "n_inner": 128}
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+GEMMA4 = {
+    "sliding_window": 8, "global_head_dim": 32, "final_logit_softcapping": 3.0,
+    "num_hidden_layers": 6, "layer_types": [SLIDING, SLIDING, FULL] * 2,
+}  # fmt: skip
 QWEN3_5 = {"linear_num_key_heads": 2, "linear_key_head_dim": 24, "linear_value_head_dim": 32}
 GRANITE4 = {
     **GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": [FULL] * 3, "mamba_n_heads": 16,
@@ -66,6 +70,14 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         },
         {**GEMMA, "num_hidden_layers": 7, "head_dim": 20},
         {**GEMMA, "num_hidden_layers": 4, "sliding_window_pattern": 3, "final_logit_softcapping": 3.0, "head_dim": 40},
+    ],
+    "gemma4_text": [
+        {**GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 64},
+        {**GEMMA4, "hidden_size_per_layer_input": 0, "num_hidden_layers": 7, "layer_types": None},
+    ],
+    "gemma4_unified_text": [
+        {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        {**GEMMA4, "num_kv_shared_layers": 3, "use_bidirectional_attention": None},
     ],
     "phi3": [
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40, "tie_word_embeddings": True},
@@ -119,10 +131,12 @@ def make_family(name: str, directory: Path, shape: int = 0, **changes: Any) -> P
     vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab_size()
     torch.manual_seed(0)
     sizes = {**SMALL, "head_dim": 16, "vocab_size": vocabulary, **TOKENS, **NO_DROPOUT}
+    sizes |= {"vocab_size_per_layer_input": vocabulary} if name == "gemma4_text" else {}
     config = AutoConfig.for_model(name, **{**sizes, **SHAPES.get(name, [{}])[shape], **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too: a wrong detail shows
+        scalars = [buffer for place, buffer in model.named_buffers() if place.endswith("layer_scalar")]
+        for parameter in [*model.parameters(), *scalars]:  # norms and biases too: a wrong detail shows
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory)

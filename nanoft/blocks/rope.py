@@ -21,11 +21,12 @@ class Rope:
     """The mapping from positions to angles (RoFormer, Su et al. 2021), and its scaling for longer contexts."""
 
     theta: float = 10000.0
-    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope | proportional
     parameters: Mapping[str, Any] = field(default_factory=dict)
     context: int = 0  # positions of pre-training; beyond them, dynamic and longrope depend on the document's length
     share: float = 1.0  # share of each head's dimensions, the first ones, that is rotated
     query_growth: float = 0.0  # b: queries grow by 1 + b ln(1 + floor(position / context)) (Llama 4)
+    head_dim: int = 0  # of the layers that it is for; 0: the model's
 
     @property
     def depends_on_length(self) -> bool:
@@ -43,7 +44,7 @@ class Rope:
         If they depend on the length: (..., n / 2), for each of `lengths`, (..., 1).
         """
         theta: Tensor | float
-        theta, head_dim = self.theta, int(head_dim * self.share)
+        theta, head_dim = self.theta, int((self.head_dim or head_dim) * self.share)
         if self.kind == "dynamic":  # theta grows with the document (dynamic NTK)
             factor = self.parameters["factor"]
             longer = torch.as_tensor(factor * lengths / self.context - (factor - 1)).clamp(min=1)
@@ -51,6 +52,9 @@ class Rope:
         frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
         if self.kind == "linear":  # positions are divided by `factor` (Chen et al. 2023)
             return frequency / self.parameters["factor"], 1.0
+        if self.kind == "proportional":  # the slowest pairs do not turn (Gemma 4)
+            frequency[int(self.parameters.get("partial_rotary_factor", 1.0) * head_dim // 2) :] = 0.0
+            return frequency / (self.parameters.get("factor") or 1.0), 1.0
         if self.kind == "llama3":
             return _llama3_frequencies(frequency, self.parameters), 1.0
         if self.kind == "longrope":  # each frequency has its own divisor (LongRoPE, Ding et al. 2024)

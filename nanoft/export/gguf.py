@@ -236,6 +236,7 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], list[str]]:
 
     def new_names(name: str) -> list[str]:
         parts = [name.replace("gate_up_proj", part) for part in gated] if ".gate_up_proj." in name else [name]
+        parts = [f"{part}.weight" if part.endswith(".layer_scalar") else part for part in parts]
         spelled = [(file_name(config.family, part), part) for part in parts]
         return [next(new for own in names if (new := known.get_name(own, (".weight", ".bias")))) for names in spelled]
 

@@ -108,6 +108,7 @@ SOFT_CAPS: dict[str, Callable[[DecoderConfig], Any]] = {
     "attn_logit_softcapping": lambda c: c.attention_cap,
     "final_logit_softcapping": lambda c: c.logit_cap,
 }
+FINAL_CAP: dict[str, Callable[[DecoderConfig], Any]] = {"final_logit_softcapping": lambda c: c.logit_cap or 0.0}
 GROWTH: dict[str, Callable[[DecoderConfig], Any]] = {"attention.temperature_scale": lambda c: c.rope.query_growth}
 GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "llama": Graph(ropes=WITH_LLAMA3, pairs=True),
@@ -115,6 +116,7 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "qwen3": Graph((*USUAL, NO_BIASES)),
     "gemma2": Graph((*GEMMA, CAPS, _gemma_scale(46)), windows=True, scales=SOFT_CAPS),
     "gemma3": Graph((*GEMMA, NO_CAPS, LOCAL_ROPE, _gemma_scale(62)), ("default", "linear"), windows=True),
+    "gemma4": Graph((*GEMMA, LOCAL_ROPE), ("default", "proportional"), windows=True, scales=FINAL_CAP),
     "phi3": Graph((ALL_ROTATE, NO_GROWTH, SQUARE), ("default", "longrope"), fused=True),
     "olmo2": Graph((*USUAL, NO_BIASES, UNTIED, SQUARE, PERIODIC, LOCAL_ROPE, ONE_THETA), windows=True),
     "exaone4": Graph((WHOLE_HEAD, NO_GROWTH, YARN, OF_32B), WITH_LLAMA3, windows=True),
@@ -145,11 +147,11 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     """Add the metadata of the model, without its tokenizer; return notes."""
     writer.add_block_count(c.num_layers)
     writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_feed_forward_length(_of_layers(c, "intermediate_size"))
     writer.add_head_count(c.num_heads)
-    writer.add_head_count_kv(c.num_kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
+    writer.add_head_count_kv(_of_layers(c, "num_kv_heads"))
+    writer.add_key_length(c.by_layer[-1].head_dim)
+    writer.add_value_length(c.by_layer[-1].head_dim)
     (writer.add_layer_norm_eps if c.norm == "layer" else writer.add_layer_norm_rms_eps)(c.norm_eps)
     writer.add_vocab_size(c.vocab_size)
     graph = GRAPHS[writer.arch]
@@ -157,6 +159,11 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
         writer.add_float32(f"{writer.arch}.{key}", float(value(c)))
     if writer.arch == "gptneox":
         writer.add_parallel_residual(c.parallel)
+    if writer.arch == "gemma4":
+        for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
+            add(c.head_dim)
+        writer.add_shared_kv_layers(sum("source" in own for own in c.layers))
+        writer.add_embedding_length_per_layer_input(c.per_layer_size)
     notes = _add_rope(writer, c) if c.distinct_ropes else []
     if writer.arch == "granite":
         writer.add_rope_scaling_finetuned(bool(c.distinct_ropes))  # its name for: rotates at all
@@ -164,7 +171,7 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     windows = [window for window in c.windows if window is not None]
     if graph.windows and windows:
         writer.add_sliding_window(windows[0])
-        writer.add_sliding_window_pattern(_period(c))
+        writer.add_sliding_window_pattern([w is not None for w in c.windows] if c.layers else _period(c))
         writer.add_rope_freq_base_swa(
             next(rope.theta for rope, w in zip(c.ropes, c.windows, strict=True) if rope and w)
         )
@@ -180,10 +187,16 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _of_layers(c: DecoderConfig, name: str) -> Any:
+    """A size, if all layers have the same; else that of each."""
+    sizes = [getattr(layer, name) for layer in c.by_layer]
+    return sizes if len({*sizes}) > 1 else sizes[0]
+
+
 def _add_rope(writer: Any, c: DecoderConfig) -> list[str]:
     """Add the metadata of the rope, except for `rope_tensors`; return notes."""
     rope = c.rope
-    writer.add_rope_dimension_count(int(c.head_dim * rope.share))
+    writer.add_rope_dimension_count(int((rope.head_dim or c.head_dim) * rope.share))
     writer.add_rope_freq_base(rope.theta)
     if rope.kind in ("linear", "yarn"):
         writer.add_string(f"{writer.arch}.rope.scaling.type", rope.kind)
@@ -204,7 +217,9 @@ def rope_tensors(c: DecoderConfig) -> dict[str, Tensor]:
     rope = c.rope
     if rope.kind == "longrope":
         return {f"rope_factors_{n}.weight": torch.tensor(rope.parameters[f"{n}_factor"]) for n in ("long", "short")}
-    if rope.kind != "llama3":
+    if rope.kind not in ("llama3", "proportional"):
         return {}
-    exponents = torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim
-    return {"rope_freqs.weight": rope.theta**-exponents / rope.angles(c.head_dim)[0]}
+    size = rope.head_dim or c.head_dim
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    divisors = rope.theta**-exponents / rope.angles(size)[0]
+    return {"rope_freqs.weight": divisors.clamp(max=1e30)}  # of pairs that do not turn: infinity

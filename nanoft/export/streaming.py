@@ -184,7 +184,7 @@ class StreamedDecoder(Decoder):
                 self.set_submodule(name, StreamedLinear(weights, name))
             elif isinstance(module, nn.Embedding):
                 self.set_submodule(name, StreamedEmbedding(weights, name))
-            else:  # a norm, sinks, and what a layer without attention has of its own
+            else:  # a norm, sinks, scalars, and what a layer without attention has of its own
                 for part in dict(module.named_parameters(recurse=False)):
                     setattr(module, part, nn.Parameter(weights.whole(f"{name}.{part}")))
         self.requires_grad_(False)

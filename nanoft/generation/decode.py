@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nanoft import kernels
 from nanoft.attention import AttentionLayer, CacheContext, Documents, SequenceContext, soft_cap
+from nanoft.blocks import per_layer
 from nanoft.blocks.recurrence import Kept
 from nanoft.kernels import sharding, streaming
 from nanoft.kernels.decode import FastCacheContext, choose_build, prepacked, twin
@@ -35,14 +36,15 @@ class PromptContext(SequenceContext):
     kept: Kept
 
     def __init__(self, context: SequenceContext, keep: Callable[[int, Tensor, Tensor], None]):
-        self.context, self.keep = context, keep
+        self.context, self.keep, self.tensors = context, keep, context.tensors
         self.documents, self.rule, self.kept = context.documents, context.rule, {}
 
     def rotate(self, q: Tensor, k: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
         return self.context.rotate(q, k, layer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
-        self.keep(layer.index, k, v)
+        if layer.source == layer.index:
+            self.keep(layer.index, k, v)
         return self.context.attend(q, k, v, layer)
 
 
@@ -131,6 +133,7 @@ class Decoding:
         trunk = self.model.model
         x = self.model.embed(ids, positions[None])
         context = PromptContext(self.model.context(positions[None], x.dtype, documents), keep)
+        context.tensors |= per_layer.embeddings(trunk, ids, x)
         last = len(trunk.layers) - 1
         for index, block in enumerate(self.blocks()):
             x = block(x, context, (ends - 1).to(self.device) if index == last else None)
@@ -159,6 +162,7 @@ class Decoding:
                 return self.join(sequences, more)
         context = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty), self.kept)
         x: Any = self.model.embed(newest[:, None], self.positions[:, self.length : self.length + 1])  # (b, 1, n)
+        context.tensors |= per_layer.embeddings(self.model.model, newest[:, None], x)
         self.length += 1
         for block in self.blocks():
             x = block(x, context)

@@ -8,13 +8,16 @@ silently, so `apply` first compares the two on a toy model, and uses the referen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanoft.attention import Documents
+from nanoft.blocks import per_layer
 from nanoft.blocks.deltanet import DeltaNetSizes
 from nanoft.blocks.moe import Experts
 from nanoft.config import LoRAConfig
@@ -84,10 +87,10 @@ def describe_attention(model: Decoder, dtype: torch.dtype, length: int, packed: 
     c = model.config
     if not is_applied(model):
         return f"PyTorch's kernel for {model.device.type} with a mask over all pairs"
-    q = torch.empty(1, length, c.num_heads, c.head_dim, dtype=dtype, device=model.device)
-    mixers: list[Any] = [block.mixer for block in model.model.layers]
-    kinds = [attention.within(mixer.scores, length) for mixer in mixers if hasattr(mixer, "scores")]
-    return "; ".join(dict.fromkeys(attention.describe(q, kind, packed) for kind in dict.fromkeys(kinds)))
+    mixers: list[Any] = [block.mixer for block in model.model.layers if hasattr(block.mixer, "scores")]
+    kinds = dict.fromkeys((mixer.head_dim, attention.within(mixer.scores, length)) for mixer in mixers)
+    heads = partial(torch.empty, 1, length, c.num_heads, dtype=dtype, device=model.device)
+    return "; ".join(dict.fromkeys(attention.describe(heads(size), scores, packed) for size, scores in kinds))
 
 
 def verify(config: DecoderConfig, lora: LoRAConfig | None) -> str:
@@ -113,13 +116,19 @@ def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
     sizes |= {"num_heads": 4, "num_kv_heads": 4 if config.qkv == "interleaved" else 2, "head_dim": 8}
     # the first layer and one that differs from it in what mixes positions, or the last
     other = next((i for i, mixer in enumerate(config.mixers) if mixer != config.mixers[0]), -1)
-    sizes |= {name: (value[0], value[other]) for name, value in vars(config).items() if value and type(value) is tuple}
+    times = 1 + any("source" in own for own in config.layers)
+    sizes |= {"num_layers": 2 * times, "per_layer_size": config.per_layer_size and 8}
+    of_layers = {name: value for name, value in vars(config).items() if value and type(value) is tuple}
+    sizes |= {name: (value[0], value[other]) * times for name, value in of_layers.items()}
+    sizes["layers"] = tuple(_toy_layer(own, number) for number, own in enumerate(sizes.get("layers", ())))
     sizes["delta"] = config.delta and DeltaNetSizes(2, 4, 4, 6)
     if routing := config.routing:
         layers = routing.layers[0], routing.layers[other]
         sizes["routing"] = replace(routing, layers=layers, experts=4, chosen=min(routing.chosen, 2), width=8)
     sizes["windows"] = tuple(window and 3 for window in sizes["windows"])
-    sizes["ropes"] = tuple(rope and replace(rope, kind="default", context=3) for rope in sizes["ropes"])
+    sizes["ropes"] = tuple(
+        rope and replace(rope, kind="default", context=3, head_dim=rope.head_dim and 12) for rope in sizes["ropes"]
+    )
     model = Decoder(replace(config, **sizes))
     _perturb(model)
     if lora is not None:
@@ -131,6 +140,12 @@ def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
         inject_lora(model, replace(lora, **own), seed=0)
         _perturb(model)
     return model.double()
+
+
+def _toy_layer(own: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The switches of a layer with small sizes; the third and fourth layer share the keys of the first two, if any."""
+    small = {"head_dim": 12, "num_kv_heads": 1, "intermediate_size": 40, "source": number - 2}
+    return {name: small.get(name, value) for name, value in own.items() if name != "source" or number > 1}
 
 
 @torch.no_grad()
@@ -156,16 +171,17 @@ def _step(model: Decoder) -> dict[str, Tensor]:
 @torch.no_grad()
 def _answer(model: Decoder) -> Tensor:
     """The hidden states of the two sequences once more, token by token, as in generation."""
-    blocks, (batch, length), c = [twin(block, None) for block in model.model.layers], IDS.shape, model.config
+    blocks, (batch, length) = [twin(block, None) for block in model.model.layers], IDS.shape
     lengths = torch.full((batch, 1), length)
     rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64, lengths)
     tables = FastCacheContext.tables(rotations, torch.ones(batch, length, dtype=torch.bool))
-    cache, doubles = (batch, c.num_kv_heads, length, c.head_dim), torch.float64
-    keys, values = ({layer: torch.zeros(cache, dtype=doubles) for layer in range(len(blocks))} for _ in range(2))
+    caches = [(batch, one.num_kv_heads, length, one.head_dim) for one in model.config.by_layer]
+    keys, values = (dict(enumerate(torch.zeros(size, dtype=torch.float64) for size in caches)) for _ in range(2))
     hidden, kept = [], dict[tuple[int, str], Tensor]()
     for slot in range(length):
         x = model.embed(IDS[:, slot : slot + 1], torch.tensor([[slot]]))
         context = FastCacheContext(tables, keys, values, slot, 0, kept)
+        context.tensors |= per_layer.embeddings(model.model, IDS[:, slot : slot + 1], x)
         for block in blocks:
             x = block(x, context)
         hidden.append(model.finish(x))

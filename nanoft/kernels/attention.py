@@ -25,6 +25,7 @@ from nanoft.kernels import deltanet, fused, metal
 from nanoft.model import SelfAttention
 
 SIMILAR = 0.8  # documents of at least this share of the longest one's length are batched with it
+MOST_DIMENSIONS = 256  # of a head, in FlashAttention
 CHUNK = 256  # queries at a time in `_Chunked`: their weights fit into a CPU's cache
 
 
@@ -126,12 +127,13 @@ def group_documents(documents: Documents) -> tuple[list[tuple[Tensor, Tensor]], 
 
 
 def _needs_chunks(q: Tensor, scores: Scores) -> bool:
-    """PyTorch's kernels have no windows, caps or sinks, Metal's keeps all weights, the CPU's is slow in bfloat16."""
+    """PyTorch's kernels have no windows, caps, sinks or, on CUDA, large heads; others keep all weights."""
     return (
         scores.window is not None
         or scores.cap is not None
         or scores.sinks
         or metal.needs_chunks(q)
+        or (q.is_cuda and q.shape[-1] > MOST_DIMENSIONS)
         or (q.device.type == "cpu" and q.dtype == torch.bfloat16)
     )
 
@@ -157,7 +159,7 @@ def _varlen_kernel() -> Any:
 
 def has_varlen(q: Tensor, scores: Scores) -> bool:
     """Whether one kernel can attend to documents of different lengths."""
-    is_supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    is_supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= MOST_DIMENSIONS
     return is_supported and scores.cap is None and not scores.sinks and _varlen_kernel() is not None
 
 

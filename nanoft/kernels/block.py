@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from nanoft.attention import SequenceContext
 from nanoft.blocks.deltanet import GatedDeltaNet
 from nanoft.blocks.norms import NORM_KINDS, RMSNorm
+from nanoft.blocks.per_layer import finish
 from nanoft.blocks.short_conv import ShortConv
 from nanoft.kernels import fused
 from nanoft.kernels.attention import FastContext
@@ -54,8 +55,9 @@ class FastBlock(Block):
             x, y = select(x, target_positions), select(y, target_positions)
         x = x if self.parallel else y
         if not supports_mlp(self):
-            return self.add(y, self.norm(3)(self.mlp(self.norm(2)(x))))
-        return self.add(y, self.norm(3)(grouped_mlp(self.mlp, *normed(self.norm(2), x))))
+            return finish(self, self.add(y, self.norm(3)(self.mlp(self.norm(2)(x)))), context, target_positions)
+        y = self.add(y, self.norm(3)(grouped_mlp(self.mlp, *normed(self.norm(2), x))))
+        return finish(self, y, context, target_positions)
 
 
 def supports(block: nn.Module) -> bool:

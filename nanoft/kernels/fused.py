@@ -14,7 +14,7 @@ from torch import Tensor
 from nanoft import nf4
 from nanoft.attention import Rotation
 from nanoft.blocks.norms import RMSNorm
-from nanoft.model import ACTIVATIONS, MLP, SelfAttention
+from nanoft.model import ACTIVATIONS, MLP, SelfAttention, identity
 
 Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
 _kernels: dict[str, Any] = {}  # the module, by type of device, where its check has passed
@@ -68,7 +68,7 @@ def activation(mlp: MLP, x: Tensor) -> Any:
 def heads(attn: SelfAttention, projected: list[Tensor], rotation: Rotation | None) -> Heads | None:
     """`SelfAttention.heads` with a kernel for norm and rotation; None without such norms or rotation, or with gates."""
     norms = [norm for norm in (attn.q_norm, attn.k_norm) if type(norm) is RMSNorm and not norm.weight.requires_grad]
-    special = attn.over_width or attn.gated
+    special = attn.over_width or attn.gated or attn.v_norm is not identity
     if rotation is None or len(norms) < 2 or special or not kernels(projected[0]):
         return None
     parts = projected if len(projected) == 3 else projected[0].split(attn.widths, dim=-1)

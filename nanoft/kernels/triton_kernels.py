@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanoft.attention import Rotation, SequenceContext
+from nanoft.blocks.double_quantization import NESTED
 from nanoft.blocks.norms import RMSNorm
 from nanoft.blocks.rope import Rope
 from nanoft.model import ACTIVATIONS, MLP, DecoderConfig, SelfAttention
-from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, unpack_table
+from nanoft.nf4 import BLOCK, CODES, Linear4bit, unpack_table
 
 BLOCKS = 16  # blocks of 64 weights that one program unpacks
 WIDTH = 1024  # numbers of a row that one program activates
@@ -309,7 +310,7 @@ def with_formulas(
     dtype, (length, heads, size) = x.dtype, x.shape[1:]
     config = DecoderConfig(8, size, size, 1, heads, heads, size, 1e-5, (Rope(),), False, (None,), "", qk_norm="head")
     attn = SelfAttention(config, 0).to(x.device, dtype)
-    for norm in filter(None, (attn.q_norm, attn.k_norm)):
+    for norm in (attn.q_norm, attn.k_norm):
         norm.weight = nn.Parameter(weight, requires_grad=False)
     context, packed = (
         SequenceContext([Rotation(cos, sin)]),

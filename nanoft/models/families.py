@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from nanoft import UserError
 from nanoft.blocks.deltanet import DeltaNetSizes
 from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig
+from nanoft.models import gemma4
 from nanoft.models.expert_families import (
     GPT_OSS,
     GPT_OSS_ONLY,
@@ -49,7 +51,7 @@ class Family:
 
     architecture: str  # its name in config.json
     switches: Callable[[Fields], dict[str, Any]]  # config.json -> the DecoderConfig fields that differ by family
-    fields: tuple[str, ...]  # fields of config.json that `switches` reads, besides READ_FIELDS
+    fields: Sequence[str]  # fields of config.json that `switches` reads, besides READ_FIELDS
     gguf: str | None  # its name in llama.cpp; None: not exported
     only: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # fields for which only these values are supported
     field_names: dict[str, str] = field(default_factory=dict)  # READ_FIELDS -> their names in its config.json
@@ -100,7 +102,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     refuse_code(hf)
     wrapped, hf = text_fields(hf) is not hf, standard_fields(hf)
     for name, most in MOST.items():  # before anything of that size is allocated
-        value, may_be_null = hf.get(name, 1), name in ("num_key_value_heads", "head_dim", "n_positions")
+        value, may_be_null = hf.get(name, 1), name.startswith(("num_key", "head_dim", "n_pos", "num_experts", "moe_"))
         least = 0 if name in SIZES_OF_EXPERTS and hf.get("shared_intermediate_size") else 1  # Granite 4 may have none
         if not (value is None and may_be_null) and (type(value) is not int or not least <= value <= most):
             raise UserError(f"{name}: {value!r:.60} is not a whole number from {least} to {most:,}")
@@ -209,7 +211,7 @@ def _refuse_unknown(hf: Fields, family: str) -> None:
 def with_both_rope_forms(hf: Fields) -> dict[str, Any]:
     """The fields with the rope in the forms of transformers 4 and 5, which use a default if theirs is missing."""
     ropes, share, family = decoder_config({**hf}).distinct_ropes, dict[str, Any](), FAMILIES[find_family(hf)]
-    if not ropes:
+    if not ropes or find_family(hf).startswith("gemma4"):  # which version 4 does not know
         return {**hf}
     rope, *local = ropes
     current = full = current_form(rope)
@@ -419,6 +421,7 @@ GEMMA_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
 }
 GEMMA_ONLY |= {"use_bidirectional_attention": (False,), "cache_implementation": ("hybrid",)}
+GEMMA4: tuple[Any, ...] = (gemma4.FIELDS, "gemma4", gemma4.ONLY)
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "residual_dropout"), (0.0,))
 GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 # Fields that only experts and state-space layers use.
@@ -478,6 +481,8 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
     ),
+    "gemma4_text": Family("Gemma4ForCausalLM", partial(gemma4.read, window=512, size=256), *GEMMA4),
+    "gemma4_unified_text": Family("Gemma4UnifiedForCausalLM", partial(gemma4.read, window=1024, size=0), *GEMMA4),
     "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, "phi3", NO_DROPOUT),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), "olmo2"),
     "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), "olmo2"),
@@ -526,6 +531,8 @@ FAMILIES: dict[str, Family] = {  # by model_type
 GEMMA3_TEXT = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4}
 WRAPPERS: dict[str, dict[str, Fields]] = {
     "Gemma3ForConditionalGeneration": {"gemma3_text": {**GEMMA3_TEXT, "max_position_embeddings": 131_072}},
+    "Gemma4ForConditionalGeneration": {"gemma4_text": {}},
+    "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": {}},
     "Mistral3ForConditionalGeneration": {"mistral": {}, "ministral3": {}},
     "Qwen3_5ForConditionalGeneration": {"qwen3_5_text": {"vocab_size": 248_320, "max_position_embeddings": 32_768}},
 }
@@ -533,13 +540,14 @@ WRAPPERS: dict[str, dict[str, Fields]] = {
 
 def _check_shape(config: DecoderConfig) -> None:
     """Refuse values that no decoder can have before they fail deep inside it."""
-    heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
-    if heads % groups:
-        raise UserError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads, {groups}")
     if config.delta and config.delta.value_heads % config.delta.key_heads:
         raise UserError(f"linear_num_value_heads: {config.delta.value_heads} is not a multiple of linear_num_key_heads")
-    if size % 2 or size < 1:
-        raise UserError(f"head_dim: {size} is not even: its dimensions are rotated in pairs")
+    for layer in config.by_layer:
+        heads, groups, size = layer.num_heads, layer.num_kv_heads, layer.head_dim
+        if heads % groups:
+            raise UserError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads, {groups}")
+        if size % 2 or size < 1:
+            raise UserError(f"head_dim: {size} is not even: its dimensions are rotated in pairs")
     if type(config.norm_eps) not in (int, float) or not 0 <= config.norm_eps < 1:
         raise UserError(f"rms_norm_eps: {config.norm_eps!r:.60} is not between 0 and 1")
     for window in config.windows:
@@ -550,6 +558,7 @@ def _check_shape(config: DecoderConfig) -> None:
         if len(own) != config.num_layers:
             raise UserError(f"{name}: {len(own)} entries: give one for each of the {config.num_layers} layers")
     for rope in config.distinct_ropes:
+        size = rope.head_dim or config.head_dim
         rotated = int(size * rope.share)
         if rotated % 2 or not rotated:
             raise UserError(f"partial_rotary_factor: {rope.share} rotates {rotated} of {size} dimensions, not pairs")

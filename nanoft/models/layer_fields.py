@@ -19,6 +19,7 @@ YES_OR_NO = "tie_word_embeddings attention_bias attention_out_bias mlp_bias use_
 ROPE_FIELDS = {
     "default": ("", ""),
     "linear": ("factor", ""),
+    "proportional": ("", "factor"),
     "dynamic": ("factor", ""),
     "llama3": ("factor low_freq_factor high_freq_factor", ""),
     "yarn": (
@@ -89,6 +90,8 @@ def read_rope(hf: Fields, scaling: Fields | None = None) -> Rope:
     share = next((value for value in shares if value is not None), 1.0)
     if type(share) not in (int, float) or not 0 < share <= 1:
         raise UserError(f"partial_rotary_factor: {share!r:.60} is not between 0 and 1")
+    if kind == "proportional":  # of pairs, among those of the whole head
+        parameters["partial_rotary_factor"], share = share, 1.0
     growth = float(scaling.get("llama_4_scaling_beta") or 0)
     context = int(parameters["original_max_position_embeddings"]) if growth else context
     return Rope(float(theta), kind, parameters, context, float(share), growth)

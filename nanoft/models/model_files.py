@@ -38,9 +38,10 @@ SPELLINGS = [
     (r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
     (OUTER + r"(?=lm_head\.)", ""),
     (r"\.weight_scale$", ".weight_scale_inv"),
-    (OUTER + r"(?=(?:layers\.\d+|embed_tokens|embed_positions|norm)\.)", "model."),
+    (OUTER + r"(?=(?:layers\.\d+|embed_tokens\w*|embed_positions|norm|per_layer_\w+)\.)", "model."),
 ]
-TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|visual|mtp)\."  # of a wrapper besides text: never loaded
+# Of a wrapper besides text: never loaded.
+TOWERS = r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio|visual|mtp)\."
 MTP = r"mtp\."  # layers that predict a second token (Qwen3.5), which are not loaded either
 # A directory or repository without a model's files: a file in it -> what it is, and what to name instead.
 INSTEAD = {
@@ -199,7 +200,8 @@ class ModelFiles:
 
 def is_block_linear(name: str) -> bool:
     """Whether a parameter is the weight of a linear in a block, which is what quantization applies to."""
-    return re.fullmatch(r"model\.layers\..+_proj(_\w+)?\.weight", name) is not None
+    of_layers = r"model\.(layers\..+_(proj(_\w+)?|gate|projection)|per_layer_model_projection)\.weight"
+    return re.fullmatch(of_layers, name) is not None
 
 
 def read_headers(paths: Sequence[Path]) -> dict[str, TensorHeader]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoft import UserError
+from nanoft.blocks.double_quantization import NESTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.tokenizer_files import MAX_TOKENIZER
 from nanoft.io.atomic import write_file, write_json
@@ -39,7 +40,7 @@ from nanoft.models.model_files import (
     is_packed,
     read_block,
 )
-from nanoft.nf4 import BLOCK, CODES, NESTED, Linear4bit, Linear8bit, packed_bytes, quantize
+from nanoft.nf4 import BLOCK, CODES, Linear4bit, Linear8bit, packed_bytes, quantize
 from nanoft.runtime import distributed
 from nanoft.runtime.memory import available_bytes
 
@@ -124,7 +125,9 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
     faults = [f"missing {name}" for name in expected.keys() - headers.keys()]
     tied = model.config.tied
     masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *FP8_UNUSED)
+    shared = [f"model.layers.{layer}.self_attn" for layer, own in enumerate(model.config.layers) if "source" in own]
+    unused = [f"{place}.{part}.weight" for place in shared for part in ("k_proj", "v_proj", "k_norm")]
+    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *FP8_UNUSED, *unused)
     for name, header in headers.items():
         if name in expected:
             forms, wanted = expected[name]
@@ -175,7 +178,7 @@ def load_model(
             _replace(model, name.removesuffix(".weight"), packed)
         else:
             value = tensor if packed is None else packed.dequantize().to(dtype)  # packed: a head
-            distributed.set_parameter(model, name, nn.Parameter(value))
+            distributed.set_parameter(model, name, nn.Parameter(value, model.get_parameter(name).requires_grad))
         if store and name.startswith("model.layers."):
             store(model.get_submodule(name.rpartition(".")[0]))
     return model
@@ -202,6 +205,8 @@ def initialize(model: Decoder, seed: int) -> None:
 def grow_vocabulary(model: Decoder, size: int) -> None:
     """Append rows to the embedding and the head, each the mean of the old rows, up to `size` tokens."""
     more = max(0, size - model.config.vocab_size)
+    if more and model.config.per_layer_size:
+        raise UserError(f"model.add_tokens: {model.config.family} has per-layer embeddings, to which none can be added")
     model.config = replace(model.config, vocab_size=model.config.vocab_size + more)
     for module in [model.model.embed_tokens] + ([] if model.lm_head is None else [model.lm_head]) if more else []:
         mean = module.weight.float().mean(0, keepdim=True).to(module.weight.dtype)

@@ -7,7 +7,9 @@ or the `Machine` of a run, which is detected once at the start.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
+import inspect
 import logging
 import os
 import platform
@@ -261,3 +263,10 @@ def config_for(device_type: str, memory_gb: float, dtype: torch.dtype) -> Path:
         configs = FLOAT16_CONFIGS if dtype == torch.float16 else GPU_CONFIGS
         return CONFIGS / next(name for name, needed in configs.items() if memory_gb >= needed)
     return CONFIGS / {"mps": "m4.py", "cpu": "cpu.py"}[device_type]
+
+
+@functools.cache
+def without_compiler(optimizer: Any) -> Any:
+    """The same class of optimizer without PyTorch's wrappers for its compiler, which would import it: two seconds."""
+    methods = {name: inspect.unwrap(getattr(optimizer, name)) for name in ("add_param_group", "zero_grad", "step")}
+    return type(optimizer.__name__, (optimizer,), {**methods, "step": torch.no_grad()(methods["step"])})

@@ -124,8 +124,8 @@ def met(decoder: DecoderConfig, name: str) -> float:
 
 def mlp_widths(decoder: DecoderConfig, chosen: float = 0.0) -> list[tuple[int, float]]:
     """Of the MLP of each layer: its width, and how many such rows a token takes, of experts `chosen`."""
-    r, dense = decoder.routing, (decoder.intermediate_size, 1.0)
-    return [(r.width, chosen) if r and r.layers[layer] else dense for layer in range(decoder.num_layers)]
+    r, sizes = decoder.routing, [own.intermediate_size for own in decoder.by_layer]
+    return [(r.width, chosen) if r and r.layers[layer] else (size, 1.0) for layer, size in enumerate(sizes)]
 
 
 def warn_of_ranks(adapters: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -175,7 +175,8 @@ def estimate_memory(
     padding = MULTIPLE / 2 * (cpu and e < 4) / max(tokens, 1)  # rows of an expert that are no token's
     chosen = r.chosen + r.experts * padding if r else 0.0  # rows of experts for each token
     widths = mlp_widths(decoder, chosen)
-    blocks = [kept_by_block(decoder, counts, config, e, i, rows) * tokens for i, (_, rows) in enumerate(widths)]
+    of_layers = enumerate(zip(decoder.by_layer, widths, strict=True))
+    blocks = [kept_by_block(own, counts, config, e, i, rows) * tokens for i, (own, (_, rows)) in of_layers]
     waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
     inner = max(width * n for width, n in widths) / (2 if decoder.mlp == "plain" else 1)  # without a gate half of it
@@ -233,6 +234,14 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, laye
     if full:  # normed inputs, silu(gate) and the product, too
         kept += 2 * c.hidden_size + inner
         normed += c.hidden_size * sum(map(bool, before))
+    k = c.num_kv_heads * c.head_dim
+    if c.source is not None:  # its keys and values are kept by another block, but for the rotation
+        kept, normed = kept - k, normed - k * bool(c.qk_norm)
+    elif c.v_norm:
+        normed += k
+    if c.per_layer_size:  # gate, gelu(gate), the token's own, their product, and one more residual
+        kept += c.hidden_size + 4 * c.per_layer_size
+        normed += c.hidden_size + c.per_layer_size
     kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
     if (r := c.routing) and r.layers[layer]:  # rows of experts, their outputs, the normed input, what the router says
         kept += (rows + r.chosen + 4 / e) * c.hidden_size + (4 * r.experts + 32 * r.chosen) / e
@@ -284,8 +293,8 @@ def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, leng
     A product with n weights costs 2 n forward, 2 n for the gradient of its input, 2 n for its own if it is trained.
     Causal attention: 2 q (length + 1) forward, 2.5 times that backward. `again` is the share of blocks computed twice.
     """
-    layers = [decoder.mixer(layer) for layer in range(decoder.num_layers)].count("attention")
-    attention = 2 * layers * decoder.num_heads * decoder.head_dim * (length + 1)
+    sizes = [own.head_dim for layer, own in enumerate(decoder.by_layer) if decoder.mixer(layer) == "attention"]
+    attention = 2 * decoder.num_heads * sum(sizes) * (length + 1)
     frozen = counts.active * (2 + 2 + 2 * again) + attention * (3.5 + again)
     head = 0.5 * decoder.vocab_size * decoder.hidden_size
     if config.training.method == "full":
@@ -333,7 +342,8 @@ class Planner:
         if not self.config.sampled_tokens:
             return 0.0
         c, e, answers = self.decoder, self.machine.dtype.itemsize, self.config.effective_batch_size()
-        slots = 2.0 * c.num_layers * c.num_kv_heads * c.head_dim * length * e
+        sizes = [layer.num_kv_heads * layer.head_dim for layer in c.by_layer if layer.source is None]
+        slots = 2.0 * sum(sizes) * length * e
         # logits, at a temperature, their softmax and its sums; with top_p also sorted
         logits = c.vocab_size * (e + 16.0 + 16.0 * (self.config.rl.top_p < 1))
         needed = answers / self.config.system.ranks * (slots + logits)

@@ -157,8 +157,9 @@ class TrainContext:
 
     def trained_weights(self) -> dict[str, Tensor]:
         """The weights that a checkpoint saves."""
-        trained = self.trained  # from here on, the adapters of a sharded model are shards
-        return adapter_tensors(self.adapters) if self.adapters else {name: p.detach() for name, p in trained}
+        sharding.reshard(self.model)  # from here on, the adapters of a sharded model are shards
+        every = self.model.named_parameters()  # also what is frozen in full training
+        return adapter_tensors(self.adapters) if self.adapters else {name: p.detach() for name, p in every}
 
     @property
     def weights_file(self) -> str:
@@ -238,7 +239,7 @@ def load_weights(ctx: TrainContext, saved: Checkpoint) -> None:
     if ctx.adapters:
         load_adapter_tensors(ctx.adapters, tensors, str(saved.path))
     else:
-        copy_matching({name: parameter.detach() for name, parameter in ctx.trained}, tensors, str(saved.path))
+        copy_matching(ctx.trained_weights(), tensors, str(saved.path))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import merge
 import train
 from nanoft import UserError, nf4
 from nanoft.__main__ import main
-from nanoft.attention import Documents, Rotation, Scores
+from nanoft.attention import Documents, Rotation, Scores, SequenceContext
 from nanoft.config import LoRAConfig, TrainingConfig
 from nanoft.kernels import attention
 from nanoft.kernels.attention import FastContext, attend
@@ -148,6 +148,9 @@ def test_a_piece_is_the_same_as_on_the_cpu(piece: str, mps: torch.device, monkey
 @pytest.mark.mps
 def test_a_recomputed_block_has_the_same_dropout_masks(mps: torch.device) -> None:
     class Dropping(torch.nn.Module):
+        takes: tuple[()] = ()
+        gives: tuple[()] = ()
+
         def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
             return F.dropout(x, 0.5)
 
@@ -156,7 +159,7 @@ def test_a_recomputed_block_has_the_same_dropout_masks(mps: torch.device) -> Non
         x = torch.ones(64, 64).to(mps).requires_grad_()
         y = x
         for _ in range(3):
-            y = run_block(Dropping(), y, None, None, keep)  # type: ignore[arg-type]
+            y = run_block(Dropping(), y, SequenceContext([]), None, keep)
         after = torch.mps.get_rng_state()
         y.sum().backward()
         assert x.grad is not None

@@ -429,6 +429,8 @@ def test_the_plan_of_a_whole_step_is_near_the_peak_of_a_process(
         shape["rope_parameters"] = {**LONGROPE, "short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
     for name in {"n_inner", "shared_intermediate_size"} & shape.keys():
         shape[name] = WHOLE["intermediate_size"]
+    if family == "gemma4_text":
+        shape["vocab_size_per_layer_input"] = WHOLE["vocab_size"]
     config = AutoConfig.for_model(family, **shape, architectures=[FAMILIES[family].architecture])
     config.save_pretrained(tmp_path)
     found = whole_step(str(tmp_path / "config.json"), dtype, 2, 512, "all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
     Gemma3Config,
+    Gemma4Config,
     Mistral3Config,
     PreTrainedModel,
     Qwen3_5Config,
@@ -43,11 +45,15 @@ YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1
 ROPES = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
 ROPES |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
 GEMMA3 = {"sliding_window": 8, "query_pre_attn_scalar": 16, "num_hidden_layers": 6, "rope_parameters": ROPES}
+GEMMA4 = {"sliding_window": 8, "global_head_dim": 32, "num_hidden_layers": 6, "num_kv_shared_layers": 3}
+GEMMA4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}
+GEMMA4 |= {"hidden_size_per_layer_input": 8}
 QWEN3_5 = {"layer_types": ["full_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2}
 QWEN3_5 |= {"linear_key_head_dim": 24, "linear_value_head_dim": 32, "linear_num_value_heads": 4}
 # The wrapper's config, its fields, those of text.
 CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "gemma3_text": (Gemma3Config, {"image_token_index": 60, "mm_tokens_per_image": 4}, GEMMA3),
+    "gemma4_text": (Gemma4Config, {"audio_config": None}, GEMMA4),
     "ministral3": (Mistral3Config, {"tie_word_embeddings": True}, {"rope_parameters": YARN}),
     "qwen3_5_text": (Qwen3_5Config, {"tie_word_embeddings": True}, QWEN3_5),
     "mistral": (Mistral3Config, {"tie_word_embeddings": False}, {"sliding_window": None, "rms_norm_eps": 1e-5}),
@@ -55,6 +61,12 @@ CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
 PIXTRAL: dict[str, Any] = {"model_type": "pixtral", "head_dim": 8}
 OWN_VISION: dict[str, dict[str, Any]] = {
     "gemma3_text": {"model_type": "siglip_vision_model"},
+    "gemma4_text": {
+        "model_type": "gemma4_vision",
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "position_embedding_size": 9,
+    },
     "qwen3_5_text": {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16},
 }
 IDS = torch.arange(5, 60)[None]
@@ -67,6 +79,7 @@ def make_wrapper(kind: str, directory: Path, **changes: Any) -> PreTrainedModel:
     (directory / "preprocessor_config.json").write_text('{"image_seq_length": 4}')
     config_class, outer, text = CASES[kind]
     text = {**SMALL, "vocab_size": vocabulary, "head_dim": 16, **text, **changes, "model_type": kind}
+    text |= {"vocab_size_per_layer_input": vocabulary} if kind == "gemma4_text" else {}
     torch.manual_seed(0)
     config = config_class(text_config=text, vision_config={**VISION, **OWN_VISION.get(kind, PIXTRAL)}, **outer)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
@@ -106,7 +119,7 @@ def ours(model: Any) -> Tensor:
     return model.logits(model(IDS))
 
 
-TOWERS = ("vision_tower", "projector", "visual", "mtp")
+TOWERS = ("vision_tower", "projector", "visual", "mtp", "embed_vision")
 
 
 def vision(directory: Path) -> dict[str, Tensor]:
@@ -135,7 +148,8 @@ def test_text_logits_equal_those_of_the_wrapper(wrapper: Path, tmp_path: Path) -
     wanted = theirs(opened_by_transformers(wrapper / "base"))
     decoder = load_model(wrapper / "base", CPU, torch.float32)
     assert decoder.config.wrapped
-    assert (ours(decoder) - wanted).abs().max() < 1e-4 * wanted.std()
+    rounding = 5e-4 if decoder.config.attention_scale == 1 else 1e-4  # unscaled attention magnifies it
+    assert (ours(decoder) - wanted).abs().max() < rounding * wanted.std()
     other = load_model(with_names(wrapper / "base", tmp_path / "base"), CPU, torch.float32)
     assert torch.equal(ours(other), ours(decoder))
 
@@ -178,7 +192,7 @@ def adapted(wrapper: Path) -> tuple[Path, Tensor]:
 
 def test_peft_loads_the_adapter_on_the_wrapper(wrapper: Path, adapted: tuple[Path, Tensor]) -> None:
     names = load_file(adapted[0] / "adapter_model.safetensors").keys()
-    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
+    assert all(name.startswith("base_model.model.model.language_model.") for name in names)
     model = opened_by_transformers(wrapper / "base")
     assert (theirs(model) - adapted[1]).abs().max() > 0.01
     tuned = PeftModel.from_pretrained(model, adapted[0])
@@ -208,7 +222,12 @@ def test_an_adapter_by_peft_is_loaded(wrapper: Path, targets: Any, tmp_path: Pat
     """With names alone, PEFT adapts the other towers, too, which text never trains."""
     pattern = {"model.language_model.layers.1.self_attn.q_proj": 2}
     config = LoraConfig(r=4, target_modules=targets, rank_pattern=pattern, alpha_pattern={"layers.0.mlp.down_proj": 3})
-    model = get_peft_model(opened_by_transformers(wrapper / "base"), config)
+    model = opened_by_transformers(wrapper / "base")
+    if isinstance(targets, list) and ModelFiles.read(wrapper / "base").decoder.family == "gemma4_text":
+        with pytest.raises(ValueError, match="ClippableLinear"):  # of its vision tower
+            get_peft_model(model, config)
+        return
+    model = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name and "language_model" in name:
@@ -221,7 +240,11 @@ def test_an_adapter_by_peft_is_loaded(wrapper: Path, targets: Any, tmp_path: Pat
 
 
 def test_an_adapter_trained_on_images_is_refused(wrapper: Path, tmp_path: Path) -> None:
-    model = get_peft_model(opened_by_transformers(wrapper / "base"), LoraConfig(r=4, target_modules=["q_proj", "qkv"]))
+    model = opened_by_transformers(wrapper / "base")
+    linears = [
+        n for n, module in model.named_modules() if type(module) is torch.nn.Linear and re.search("q_proj|qkv", n)
+    ]
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=linears))
     torch.nn.init.ones_(next(p for name, p in model.named_parameters() if "lora_B" in name and "vis" in name))
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"vis(ion_tower|ual).*was trained on images"):
@@ -308,7 +331,7 @@ def test_names_in_other_formats(wrapper: Path, kind: str, tmp_path: Path) -> Non
     """mlx-lm calls the text tower language_model, and ignores tensors of other names."""
     assert merge.main([str(wrapper / "run"), "--format", kind, "--out", str(tmp_path / "out")]) == 0
     files = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
-    prefix = {"mlx": "language_model.model.layers.", "peft": "base_model.model.model.language_model.layers."}[kind]
+    prefix = {"mlx": "language_model.model.", "peft": "base_model.model.model.language_model."}[kind]
     assert all(name.startswith(prefix) for name in files[0])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForCausalLM" not in card
