@@ -242,7 +242,7 @@ CLOSE: list[tuple[str, dict[str, object], str]] = [
     ("gemma3_text", {"altup_num_inputs": 4}, "altup_num_inputs: 4: unknown field of gemma3_text"),  # Gemma 3n's
     ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types: 'chunked_attention' is not supported"),
     ("olmo3", {"layer_types": ["linear_attention"] * 3}, "layer_types: 'linear_attention' is not supported"),
-    ("olmo3", {"layer_types": ["full_attention"] * 2}, "layer_types: 2 entries: give one for each of 3 layers"),
+    ("olmo3", {"layer_types": ["full_attention"] * 2}, "layer_types: 2 entries: give one for each of the 3 layers"),
     ("olmo2", {"clip_qkv": 8.0}, "clip_qkv: 8.0: unknown field of olmo2"),
     ("olmo2", {"layer_types": ["sliding_attention"] * 3}, "layer_types: .* unknown field of olmo2"),
     ("granite", {"key_multiplier": 2.0}, "key_multiplier: 2.0: unknown field of granite"),
@@ -259,7 +259,7 @@ CLOSE: list[tuple[str, dict[str, object], str]] = [
     ("phi3", {"rope_scaling": {**LONGROPE, "short_mscale": 1.2}}, "rope: short_mscale: 1.2 has no effect"),
     ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "longrope needs the field short_factor"),
     ("phi3", {"mlp_bias": True}, "mlp_bias: True: unknown field of phi3"),
-    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: 2 entries: give one for each of 3 layers"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers: 2 entries: give one for each of the 3 layers"),
     ("seed_oss", {"residual_dropout": 0.1}, "residual_dropout: 0.1 is not supported: only 0.0 is"),
     ("seed_oss", {"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported: only 0.0 is"),
     # values that would fail, or compute something else, only when the model runs
@@ -295,6 +295,21 @@ CLOSE: list[tuple[str, dict[str, object], str]] = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True: unknown field of gpt2"),
     ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts: 8 is not supported: only 0"),
     ("granitemoehybrid", {"layer_types": ["mamba"] * 3}, "layer_types: 'mamba' is not supported: only attention"),
+    ("qwen3_5_text", {"layer_types": ["full_attention"] * 2}, "layer_types: 2 entries: give one for each of"),
+    (
+        "qwen3_5_text",
+        {"layer_types": ["conv"] * 3},
+        "layer_types: 'conv' is not supported: only full_att",
+    ),
+    (
+        "qwen3_5_text",
+        {"linear_num_key_heads": 3},
+        "linear_num_value_heads: 32 is not a multiple of linear_num",
+    ),
+    ("qwen3_5_text", {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim: 0 is not a whole number from 1 to 256"),
+    ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate: False is not supported"),
+    ("lfm2", {"layer_types": ["conv"] * 4}, "layer_types: 4 entries: give one for each of"),
+    ("lfm2", {"conv_bias": True}, "conv_bias: True is not supported"),
     ("ministral3", {"sliding_window": 4096}, "sliding_window: 4096 is not supported"),
     ("ministral3", {"llama_4_scaling_beta": 0.1}, "llama_4_scaling_beta: 0.1: unknown field of ministral3"),
 ]
