@@ -59,6 +59,7 @@ def compile_blocks(model: Decoder) -> None:
     for owner, name in UNCOMPILED:
         setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
     torch._functorch.config.activation_memory_budget = 0.8
+    torch._dynamo.config.recompile_limit = max(8, len(model.model.layers))  # what a block reads may differ (Gemma 4)
     for block in model.model.layers:
         block.compile()
 
