@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -34,7 +35,7 @@ from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message, TemplateRefusal
 from nanoft.export import merge, verify
-from nanoft.export.gguf_graphs import GRAPHS, add_shape, architecture, rope_tensors
+from nanoft.export.gguf_graphs import GRAPHS, add_shape, architecture, rope_tensors, stacked_name, to_llama_cpp
 from nanoft.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from nanoft.export.merge import EXPORT_DTYPES, Onto
 from nanoft.export.model_card import model_card, parity_record
@@ -83,10 +84,20 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
         merged = parameters[hf_name].detach().float() if parameters else weights.whole(hf_name)
         return to_llama_cpp(merged, hf_name, config).chunk(parts)[part]
 
+    def read_experts(of: str) -> Tensor:  # (experts, out, in)
+        assert config.routing is not None
+        return torch.stack([read(of.format(expert), 0, 1) for expert in range(config.routing.experts)])
+
     new_names, entries = tensor_names(config), list[Entry]()
     for hf_name, (height, *inner) in shapes.items():
         names = new_names(hf_name)
-        shape = (height // len(names), *inner)
+        if ".experts." in hf_name:
+            if ".experts.0." in hf_name:  # one tensor for all of a layer
+                form, assembled = _tensor_format(names[0], (height, *inner), dtype, config), stacked_name(hf_name)
+                experts = config.routing.experts if config.routing else 0
+                entries.append((names[0], (experts, height, *inner), form, partial(read_experts, assembled)))
+            continue
+        shape = (height // len(names), *inner[-1:])  # without the middle of a convolution's, which is 1
         for part, name in enumerate(names):
             form = _tensor_format(name, shape, dtype, config)
             entries.append((name, shape, form, partial(read, hf_name, part, len(names))))
@@ -131,6 +142,8 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     """
     adapters = only_linears(opened.adapters, "--format gguf-lora: llama.cpp", "use --format gguf")
     for place, adapter in adapters.items():
+        if ".experts." in place:
+            raise UserError(f"--format gguf-lora: {place}: no adapters of single experts: use --format gguf")
         if adapter.lora_magnitude_vector is not None:
             raise UserError(f"--format gguf-lora: {place}: llama.cpp does not support DoRA adapters: use --format gguf")
     if dtype not in EXPORT_DTYPES:
@@ -237,33 +250,16 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], list[str]]:
     def new_names(name: str) -> list[str]:
         parts = [name.replace("gate_up_proj", part) for part in gated] if ".gate_up_proj." in name else [name]
         parts = [f"{part}.weight" if part.endswith(".layer_scalar") else part for part in parts]
+        parts = [re.sub(r"\.experts\.\d+\.", ".experts.", part) for part in parts]
         spelled = [(file_name(config.family, part), part) for part in parts]
         return [next(new for own in names if (new := known.get_name(own, (".weight", ".bias")))) for names in spelled]
 
     return new_names
 
 
-def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
-    """Convert a tensor of Hugging Face files, (heads * head_dim, ...), to llama.cpp's convention, or back.
-
-    Weights of norms include their offset. Within each head, the rows of q and k change from (first half, second half)
-    to pairs of neighbors if the graph rotates these. Interleaved q, k, v become all q, all k, all v.
-    """
-    if config.qkv == "interleaved" and ".qkv_proj." in name:
-        sizes = (3, config.num_heads) if back else (config.num_heads, 3)
-        return tensor.unflatten(0, (*sizes, config.head_dim)).transpose(0, 1).flatten(0, 2)
-    if config.norm_offset and name.endswith("norm.weight"):
-        return tensor + (-config.norm_offset if back else config.norm_offset)
-    is_rotated = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
-    if not is_rotated or not GRAPHS[architecture(config)].pairs:
-        return tensor
-    halves = (config.head_dim // 2, 2) if back else (2, config.head_dim // 2)
-    return tensor.unflatten(0, (-1, *halves)).transpose(1, 2).flatten(0, 2)
-
-
 def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: DecoderConfig) -> str:
     """The number format of one tensor: float32 for vectors, float16 for rows that are not multiples of 32."""
-    if len(shape) == 1 or name == "position_embd.weight":
+    if len(shape) == 1 or name == "position_embd.weight" or name.endswith("shortconv.conv.weight"):
         return "F32"
     if dtype not in EXPORT_DTYPES and shape[-1] % BLOCK:
         return "F16"
@@ -294,6 +290,10 @@ class GGUFWeights(Rows):
         self.tensors = {name: [stored[part] for part in names(name)] for name in self.shapes}
 
     def read(self, name: str, rows: slice) -> Tensor:
+        if expert := re.search(r"\.experts\.(\d+)\.", name):
+            (stack,) = self.tensors[name]
+            data = stack.data[int(expert[1])][rows]
+            return torch.from_numpy(np.array(self.gguf.quants.dequantize(data, stack.tensor_type)))
         found, start = [], 0
         for tensor in self.tensors[name]:  # stacked by rows
             data = tensor.data[max(0, rows.start - start) : max(0, rows.stop - start)]

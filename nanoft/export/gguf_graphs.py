@@ -7,6 +7,7 @@ would load, but llama.cpp would compute something different.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,14 @@ YARN: Rule = (
     lambda c: main_rope(c).kind != "yarn" or _turns(main_rope(c).parameters) == (32, 1, True),
 )
 ALL_BIASES: Rule = ("attention_bias: {} has biases", lambda c: c.qkv_bias)
+ALL_EXPERTS: Rule = (
+    "mlp_only_layers, decoder_sparse_step: {} has experts in all layers",
+    lambda c: c.routing is not None and all(c.routing.layers),
+)
+OVER_CHOSEN: Rule = (
+    "norm_topk_prob: {} weights the chosen experts alone",
+    lambda c: c.routing is None or c.routing.over_chosen,
+)
 USUAL = (ALL_ROTATE, WHOLE_HEAD, NO_GROWTH, YARN)
 GEMMA = (*USUAL, NO_BIASES, TIED, PERIODIC, WINDOWS)
 
@@ -114,6 +123,8 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "llama": Graph(ropes=WITH_LLAMA3, pairs=True),
     "qwen2": Graph((*USUAL, SQUARE)),
     "qwen3": Graph((*USUAL, NO_BIASES)),
+    "qwen3moe": Graph((*USUAL, NO_BIASES, ALL_EXPERTS, OVER_CHOSEN)),
+    "lfm2": Graph((*USUAL, NO_BIASES)),
     "gemma2": Graph((*GEMMA, CAPS, _gemma_scale(46)), windows=True, scales=SOFT_CAPS),
     "gemma3": Graph((*GEMMA, NO_CAPS, LOCAL_ROPE, _gemma_scale(62)), ("default", "linear"), windows=True),
     "gemma4": Graph((*GEMMA, LOCAL_ROPE), ("default", "proportional"), windows=True, scales=FINAL_CAP),
@@ -149,7 +160,9 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(_of_layers(c, "intermediate_size"))
     writer.add_head_count(c.num_heads)
-    writer.add_head_count_kv(_of_layers(c, "num_kv_heads"))
+    attends = [c.mixer(layer) == "attention" for layer in range(c.num_layers)]
+    heads = _of_layers(c, "num_kv_heads")
+    writer.add_head_count_kv(heads if all(attends) else [heads * one for one in attends])
     writer.add_key_length(c.by_layer[-1].head_dim)
     writer.add_value_length(c.by_layer[-1].head_dim)
     (writer.add_layer_norm_eps if c.norm == "layer" else writer.add_layer_norm_rms_eps)(c.norm_eps)
@@ -159,6 +172,12 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
         writer.add_float32(f"{writer.arch}.{key}", float(value(c)))
     if writer.arch == "gptneox":
         writer.add_parallel_residual(c.parallel)
+    if writer.arch == "lfm2":
+        writer.add_shortconv_l_cache(c.conv_kernel)
+    if c.routing is not None:
+        writer.add_expert_count(c.routing.experts)
+        writer.add_expert_used_count(c.routing.chosen)
+        writer.add_expert_feed_forward_length(c.routing.width)
     if writer.arch == "gemma4":
         for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
             add(c.head_dim)
@@ -223,3 +242,28 @@ def rope_tensors(c: DecoderConfig) -> dict[str, Tensor]:
     exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
     divisors = rope.theta**-exponents / rope.angles(size)[0]
     return {"rope_freqs.weight": divisors.clamp(max=1e30)}  # of pairs that do not turn: infinity
+
+
+def stacked_name(name: str) -> str:
+    """The name of an expert's tensor with {} in the place of the expert's number."""
+    return re.sub(r"(\.experts\.)\d+\.", r"\1{}.", name)
+
+
+def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
+    """Convert a tensor of Hugging Face files, (heads * head_dim, ...), to llama.cpp's convention, or back.
+
+    Weights of norms include their offset. Within each head, the rows of q and k change from (first half, second half)
+    to pairs of neighbors if the graph rotates these. Interleaved q, k, v become all q, all k, all v.
+    """
+    if tensor.dim() == 3 or (back and ".conv.conv." in name):  # a convolution of each channel
+        return tensor[:, None] if back else tensor[:, 0]
+    if config.qkv == "interleaved" and ".qkv_proj." in name:
+        sizes = (3, config.num_heads) if back else (config.num_heads, 3)
+        return tensor.unflatten(0, (*sizes, config.head_dim)).transpose(0, 1).flatten(0, 2)
+    if config.norm_offset and name.endswith("norm.weight"):
+        return tensor + (-config.norm_offset if back else config.norm_offset)
+    is_rotated = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
+    if not is_rotated or not GRAPHS[architecture(config)].pairs:
+        return tensor
+    halves = (config.head_dim // 2, 2) if back else (2, config.head_dim // 2)
+    return tensor.unflatten(0, (-1, *halves)).transpose(1, 2).flatten(0, 2)

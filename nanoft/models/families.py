@@ -379,7 +379,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), "mistral3", {"sliding_window": ()}),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe, QWEN3_MOE, None, NO_AUXILIARY_LOSS, names=ROUTER),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe, QWEN3_MOE, "qwen3moe", NO_AUXILIARY_LOSS, names=ROUTER),
     "gpt_oss": Family("GptOssForCausalLM", gpt_oss, GPT_OSS, None, GPT_OSS_ONLY, stacked=True),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(

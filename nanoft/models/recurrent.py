@@ -25,7 +25,7 @@ _LFM2_NAMES = (
     ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w3", "mlp.up_proj"), ("feed_forward.w2", "mlp.down_proj"),
 )  # fmt: skip
 # Fields that are read, the name in llama.cpp, values that are supported, names of fields and of tensors.
-LFM2: Any = (tuple(_LFM2_FIELDS), None, {"conv_bias": (False,)}, {"rms_norm_eps": "norm_eps"}, _LFM2_NAMES)
+LFM2: Any = (tuple(_LFM2_FIELDS), "lfm2", {"conv_bias": (False,)}, {"rms_norm_eps": "norm_eps"}, _LFM2_NAMES)
 
 
 def qwen3_5(hf: Fields) -> dict[str, Any]:
