@@ -86,7 +86,9 @@ SCORES = "ForSequenceClassification"  # the end of an architecture's name, inste
 MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13, "n_positions": 1 << 24,
-    **SIZES_OF_EXPERTS,
+    **SIZES_OF_EXPERTS, "linear_num_key_heads": 1 << 12, "linear_num_value_heads": 1 << 12,
+    "linear_key_head_dim": 1 << 13, "linear_value_head_dim": 1 << 13, "linear_conv_kernel_dim": 256,
+    "conv_L_cache": 256,
 }  # fmt: skip
 OUTER_FIELDS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")  # of a wrapper, for all towers
 
@@ -100,8 +102,9 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     wrapped, hf = text_fields(hf) is not hf, standard_fields(hf)
     for name, most in MOST.items():  # before anything of that size is allocated
         value, may_be_null = hf.get(name, 1), name.startswith(("num_key", "head_dim", "n_pos", "num_experts", "moe_"))
-        if not (value is None and may_be_null) and (type(value) is not int or not 1 <= value <= most):
-            raise UserError(f"{name}: {value!r:.60} is not a whole number from 1 to {most:,}")
+        least = 0 if name in SIZES_OF_EXPERTS and hf.get("shared_intermediate_size") else 1  # Granite 4 may have none
+        if not (value is None and may_be_null) and (type(value) is not int or not least <= value <= most):
+            raise UserError(f"{name}: {value!r:.60} is not a whole number from {least} to {most:,}")
     family = find_family(hf)
     _refuse_unknown(hf, family)
     refuse_wrong_types(hf)
@@ -427,6 +430,8 @@ WRAPPERS: dict[str, dict[str, Fields]] = {
 
 def _check_shape(config: DecoderConfig) -> None:
     """Refuse values that no decoder can have before they fail deep inside it."""
+    if config.delta and config.delta.value_heads % config.delta.key_heads:
+        raise UserError(f"linear_num_value_heads: {config.delta.value_heads} is not a multiple of linear_num_key_heads")
     for layer in config.by_layer:
         heads, groups, size = layer.num_heads, layer.num_kv_heads, layer.head_dim
         if heads % groups:
@@ -438,7 +443,8 @@ def _check_shape(config: DecoderConfig) -> None:
     for window in config.windows:
         if window is not None and (type(window) is not int or not 1 <= window <= 1 << 31):
             raise UserError(f"sliding_window: {window!r:.60} is not a number of tokens")
-    for name, own in (("layer_types", config.windows), ("no_rope_layers", config.ropes)):
+    per_layer = {"layer_types": config.windows, "no_rope_layers": config.ropes}
+    for name, own in [*per_layer.items(), ("layer_types", config.mixers or config.windows)]:
         if len(own) != config.num_layers:
             raise UserError(f"{name}: {len(own)} entries: give one for each of the {config.num_layers} layers")
     for rope in config.distinct_ropes:
