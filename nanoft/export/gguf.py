@@ -142,8 +142,8 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     """
     adapters = only_linears(opened.adapters, "--format gguf-lora: llama.cpp", "use --format gguf")
     for place, adapter in adapters.items():
-        if ".experts." in place:
-            raise UserError(f"--format gguf-lora: {place}: no adapters of single experts: use --format gguf")
+        if ".experts." in place or place.endswith("per_layer_model_projection"):
+            raise UserError(f"--format gguf-lora: {place}: llama.cpp applies no adapter there: use --format gguf")
         if adapter.lora_magnitude_vector is not None:
             raise UserError(f"--format gguf-lora: {place}: llama.cpp does not support DoRA adapters: use --format gguf")
     if dtype not in EXPORT_DTYPES:
