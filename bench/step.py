@@ -44,8 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "masked": {"masked": 0.7},
     "packed": {"packed": 1},
 }
-GRID = [("small", 0, 0), ("small", 1, 0), ("small", 0, 1), ("long", 0, 0), ("masked", 0, 0)]  # shape, nf4, ckpt
-GRID += [("packed", 0, 0), ("packed", 1, 0)]
+GRID = [("small", 0, 0), ("masked", 0, 0), ("small", 1, 0), ("packed", 0, 0), ("small", 0, 1), ("packed", 1, 0)]
+GRID += [("long", 0, 0)]  # shape, nf4, ckpt
 
 
 # ---- The contest
