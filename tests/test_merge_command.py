@@ -94,7 +94,7 @@ def test_a_run_on_a_packed_base_merges_onto_that(
         assert run_merge(run, "--out", tmp_path / base, "--base", base, "--dtype", "f32") == 0
         said = capsys.readouterr().out
         assert "merged onto the nf4 weights" in said
-        assert "the base is stored in nf4: there are no original weights" in said
+        assert "the base is stored in nf4 only: there are no original weights" in said
         tensors.append(load_file(tmp_path / base / "model.safetensors"))
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())

@@ -319,7 +319,7 @@ def test_words_beside_a_call_that_the_original_omits_are_refused(read: Read, nam
 
 def test_a_thought_where_none_is_to_be_is_refused(read: Read) -> None:
     """Told not to think, the model is given an empty thought; an answer with a thought does not continue that."""
-    with pytest.raises(UserError, match="chat template"):
+    with pytest.raises(UserError, match="the answer has a thought, but the prompt ends with a closed one"):
         read(QUIET).render_samples(CONVERSATIONS["thinking"]["messages"], 0)
 
 

@@ -56,6 +56,7 @@ KERNELS, TRANSIENT = 64 * MiB, (7, 0)
 KERNELS_CPU, TRANSIENT_CPU = {2: 110 * MiB, 4: 140 * MiB}, {2: (14, 46), 4: (10, 14)}
 EXPERT_ROWS = 4  # tensors of (tokens, chosen, hidden) at once
 BITSANDBYTES = 70 * MiB  # of the library itself, needed for a 4-bit base; counted on a CPU
+FIRST_STEP = 40 * MiB  # of what PyTorch imports in the first backward pass; counted on a CPU
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
 
 
@@ -162,6 +163,7 @@ def estimate_memory(
     blocks = [kept_by_block(own, counts, config, e, i, widths[i][1]) * tokens for i, own in enumerate(decoder.by_layer)]
     waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
+    kernels *= (1 + len({own.head_dim for own in decoder.by_layer})) / 2  # they are built for each shape of a matrix
     inner = max(width * n for width, n in widths) / (2 if decoder.mlp == "plain" else 1)  # without a gate half of it
     transient = (wide * inner + (narrow + EXPERT_ROWS * chosen) * decoder.hidden_size) * tokens * e
     by_block = list(zip(keep, blocks, strict=True))
@@ -186,7 +188,7 @@ def estimate_memory(
     scores = matrices * rows * decoder.num_heads * CHUNK * seen * e * chunked
     slopes = chunk * decoder.vocab_size * 2.0 * e * (decoder.logit_cap is not None)  # of capped logits
     parts = {
-        "process": baseline + kernels + BITSANDBYTES * (cpu and bits == 4),
+        "process": baseline + kernels + FIRST_STEP * cpu + BITSANDBYTES * (cpu and bits == 4),
         "linears": 2 * linears / decoder.num_layers if config.model.base_device == "host" else part * linears,
         "head, embedding": (part * counts.others + (1 - part) * head) * stored,
         "gathered": gathered * split * (2 if full else 1),  # with their gradients

@@ -69,7 +69,7 @@ def test_drop_and_reject(chats: dict[str, ChatTokenizer]) -> None:
     (whole,) = encode(chat, ONE)
     limit = len(whole.ids) - 1
     assert fit(whole, ONE, chat, limit, "drop") is None
-    with pytest.raises(UserError, match=rf"^data\.jsonl:3: {len(whole.ids):,} tokens .*max_seq_length={limit}"):
+    with pytest.raises(UserError, match=rf"^data\.jsonl:3: {len(whole.ids):,} tokens, .*max_seq_length={limit}"):
         fit(whole, ONE, chat, limit, "reject")
 
 

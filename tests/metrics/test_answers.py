@@ -183,7 +183,7 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name, message in (("broken", "ZeroDivisionError"), ("lost", "returned nan")):
         with pytest.raises(UserError, match=message):
             select_metrics([f"my_metric_module:{name}"])[0].figure([("a", "b", "")])
-    for name, message in (("absent", "AttributeError"), ("number", "is not a function")):
+    for name, message in (("absent", "AttributeError"), ("number", "not a function")):
         with pytest.raises(UserError, match=message):
             select_metrics([f"my_metric_module:{name}"])
 

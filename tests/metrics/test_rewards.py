@@ -250,7 +250,7 @@ def test_without_sigalrm_in_a_thread_it_says_so_once_and_still_works() -> None:
         ("regex:(", ["rl.reward: regex:(: not a regular expression"]),
         ("max_words:many", ["rl.reward: max_words:many: write max_words:N"]),
         ("nowhere_at_all:f", ["rl.reward: nowhere_at_all:f: ModuleNotFoundError"]),
-        ("math:pi", ["rl.reward: math:pi: is not a function", "def pi(prompt, answer, record)"]),
+        ("math:pi", ["rl.reward: math:pi: not a function", "def pi(prompt, answer, record)"]),
     ],
 )
 def test_a_name_that_is_none_is_one_line(name: str, fragments: list[str]) -> None:

@@ -173,7 +173,7 @@ def test_steps_in_which_every_answer_is_worth_the_same_change_nothing(root: Path
     [
         ({"rl__reward": ""}, ["rl.reward: "]),
         ({"rl__reward": "exactmatch"}, ["rl.reward: 'exactmatch': no such metric"]),
-        ({"rl__reward_weights": "1,2"}, ["rl.reward_weights: 2 of 1 rewards"]),
+        ({"rl__reward_weights": "1,2"}, ["rl.reward_weights: 2 weights for 1 rewards"]),
         ({"training__gradient_accumulation_steps": 2}, ["training.gradient_accumulation_steps", "remove it"]),
         ({"training__method": "full", "rl__beta": 0.1}, ["rl.beta", "set rl.beta=0"]),
         ({"rl__max_new_tokens": 512, "model__max_seq_length": 256}, ["rl.max_new_tokens: 512"]),

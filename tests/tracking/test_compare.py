@@ -143,7 +143,7 @@ def test_following_waits_for_a_run_tells_each_event_once_and_ends_with_it(tmp_pa
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout is not None
-        assert "has not started" in process.stdout.readline()
+        assert "waiting for the run to start" in process.stdout.readline()
         with Run.open(tmp_path / "run") as run:
             run.open_metrics(0, [0, 0], [])
             for step in (1, 2, 3):
