@@ -21,7 +21,7 @@ def test_output_and_gradients_are_those_of_the_plain_formula(
     documents = Documents(packed, torch.tensor((0, *packed), dtype=torch.int32).cumsum(0)) if packed else None
     expected = plainly(*parts, who_sees_whom(*places(packed or (11, 11), 2, 11), window), cap)
     y = SequenceContext([], documents).attend(
-        *parts, SimpleNamespace(index=0, scores=Scores(8**-0.5, window, cap), sinks=None)
+        *parts, SimpleNamespace(index=0, source=0, scores=Scores(8**-0.5, window, cap), sinks=None)
     )
     assert torch.allclose(y, expected, atol=1e-12)
     towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -36,7 +36,7 @@ def test_output_and_gradients_are_those_of_the_plain_formula(
 def test_steps_with_a_cache_are_a_pass_over_everything(window: int | None, cap: float | None) -> None:
     q, k, v = tensors((2, 9), torch.float64)
     layer, empty = (
-        SimpleNamespace(index=0, scores=Scores(8**-0.5, window, cap), sinks=None),
+        SimpleNamespace(index=0, source=0, scores=Scores(8**-0.5, window, cap), sinks=None),
         2,
     )  # slots before the second sequence
     whole = SequenceContext([]).attend(q, k, v, layer)

@@ -233,7 +233,8 @@ def bindings(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target, value = node.targets[0], node.value
             pairs = [(target, value)]
-            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            if both and not any(isinstance(part, ast.Starred) for part in (*target.elts, *value.elts)):
                 pairs = list(zip(target.elts, value.elts, strict=True))
             yield from ((name.id, part) for name, part in pairs if isinstance(name, ast.Name))
 

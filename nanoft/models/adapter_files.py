@@ -387,7 +387,7 @@ def _settings(config: dict[str, Any], tensors: dict[str, Tensor], places: dict[s
         raise UserError(f"base_model_name_or_path: {config['base_model_name_or_path']!r:.60} is not a name")
     copies = tuple(module for module, part in map(_split, tensors) if part == "weight")
     parameters = config.get("target_parameters")
-    targets = config.get("target_modules") or (parameters and list(places))
+    targets = config.get("target_modules") or (list(places) if parameters else [])
     rows = config.get("trainable_token_indices") or {}
     rows = {module_name(name): ids for name, ids in rows.items()} if isinstance(rows, dict) else rows
     lora = LoRAConfig(

@@ -163,7 +163,9 @@ def estimate_memory(
     blocks = [kept_by_block(own, counts, config, e, i, widths[i][1]) * tokens for i, own in enumerate(decoder.by_layer)]
     waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
-    kernels *= (1 + len({own.head_dim for own in decoder.by_layer})) / 2  # they are built for each shape of a matrix
+    # half of the kernels are built for each shape of a matrix, and for how many tokens an expert has
+    shapes = len({own.head_dim for own in decoder.by_layer}) + bool(decoder.per_layer_size) + bool(r)
+    kernels *= (1 + shapes) / 2
     inner = max(width * n for width, n in widths) / (2 if decoder.mlp == "plain" else 1)  # without a gate half of it
     transient = (wide * inner + (narrow + EXPERT_ROWS * chosen) * decoder.hidden_size) * tokens * e
     by_block = list(zip(keep, blocks, strict=True))

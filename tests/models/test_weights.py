@@ -569,8 +569,8 @@ def test_a_written_config_reads_alike_in_both_forms(case: str, form: str, tmp_pa
     unchanged = {k: v for k, v in source.items() if k not in ("dtype", "torch_dtype", "rope_scaling")}
     assert {k: v for k, v in written.items() if k in unchanged} == {k: v for k, v in unchanged.items() if k in written}
     a, b = (decoder_config(json.loads((tmp_path / d / "config.json").read_text())) for d in ("source", "out"))
-    assert torch.equal(a.rope.angles(a.head_dim)[0], b.rope.angles(b.head_dim)[0])
-    assert a.rope.angles(a.head_dim)[1] == b.rope.angles(b.head_dim)[1]
+    assert torch.equal(a.ropes[0].angles(a.head_dim)[0], b.ropes[0].angles(b.head_dim)[0])
+    assert a.ropes[0].angles(a.head_dim)[1] == b.ropes[0].angles(b.head_dim)[1]
 
 
 def frequencies(config: Any) -> torch.Tensor:
