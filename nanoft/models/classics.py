@@ -28,8 +28,9 @@ _NEOX_NAMES = (
     ("attention.query_key_value", "self_attn.qkv_proj"), ("attention.dense", "self_attn.o_proj"),
     ("mlp.dense_h_to_4h", "mlp.up_proj"), ("mlp.dense_4h_to_h", "mlp.down_proj"),
 )  # fmt: skip
-# Of each, fields that are read, the name in llama.cpp, values that are supported, names of fields and of tensors.
-GPT2: Any = (("n_ctx", *_SUMMARY.split()), "gpt2", _GPT2_ONLY, _GPT2_FIELDS, _GPT2_NAMES)
+# Of each, fields that are read, the name in llama.cpp, values that are supported, names of fields and of tensors, and
+# whether weights are stored as (in, out).
+GPT2: Any = (("n_ctx", *_SUMMARY.split()), "gpt2", _GPT2_ONLY, _GPT2_FIELDS, _GPT2_NAMES, True)
 _NEOX = ("attention_bias", "use_parallel_residual", "classifier_dropout")
 _NEOX_ONLY = {"hidden_act": tuple(GELUS), "hidden_dropout": (0.0,)}
 GPT_NEOX: Any = (_NEOX, "gptneox", _NEOX_ONLY, _NEOX_FIELDS, _NEOX_NAMES)

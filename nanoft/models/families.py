@@ -412,7 +412,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
         "Qwen3_5ForCausalLM", recurrent.qwen3_5, tuple(recurrent.QWEN3_5), None, recurrent.QWEN3_5_ONLY
     ),
     "lfm2": Family("Lfm2ForCausalLM", recurrent.lfm2, *recurrent.LFM2),
-    "gpt2": Family("GPT2LMHeadModel", classics.gpt2, *classics.GPT2, transposed=True),
+    "gpt2": Family("GPT2LMHeadModel", classics.gpt2, *classics.GPT2),
     "gpt_neox": Family("GPTNeoXForCausalLM", classics.gpt_neox, *classics.GPT_NEOX),
 }
 

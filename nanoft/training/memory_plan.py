@@ -165,7 +165,7 @@ def estimate_memory(
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
     # half of the kernels are built for each shape of a matrix, and for how many tokens an expert has
     shapes = len({own.head_dim for own in decoder.by_layer}) + bool(decoder.per_layer_size) + bool(r)
-    kernels *= (1 + shapes) / 2
+    kernel_bytes = kernels * (1 + shapes) / 2
     inner = max(width * n for width, n in widths) / (2 if decoder.mlp == "plain" else 1)  # without a gate half of it
     transient = (wide * inner + (narrow + EXPERT_ROWS * chosen) * decoder.hidden_size) * tokens * e
     by_block = list(zip(keep, blocks, strict=True))
@@ -190,7 +190,7 @@ def estimate_memory(
     scores = matrices * rows * decoder.num_heads * CHUNK * seen * e * chunked
     slopes = chunk * decoder.vocab_size * 2.0 * e * (decoder.logit_cap is not None)  # of capped logits
     parts = {
-        "process": baseline + kernels + FIRST_STEP * cpu + BITSANDBYTES * (cpu and bits == 4),
+        "process": baseline + kernel_bytes + FIRST_STEP * cpu + BITSANDBYTES * (cpu and bits == 4),
         "linears": 2 * linears / decoder.num_layers if config.model.base_device == "host" else part * linears,
         "head, embedding": (part * counts.others + (1 - part) * head) * stored,
         "gathered": gathered * split * (2 if full else 1),  # with their gradients
