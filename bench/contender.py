@@ -454,6 +454,13 @@ def timed(function: Callable[[], Any], x: Any, device: Any) -> tuple[list[Any], 
     return [output.detach().float() for output in outputs], 1e6 * statistics.median(seconds)
 
 
+def print_result(run: Callable[[argparse.Namespace], dict[str, Any]], documentation: str | None) -> None:
+    """The main program of a peer."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_step_options(parser)
+    print(json.dumps(run(parser.parse_args())))
+
+
 def device_name(_: argparse.Namespace) -> dict[str, str]:
     import torch
 

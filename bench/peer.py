@@ -11,7 +11,6 @@ and tokens are those of bench/contender.py.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from contender import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
     Text,
-    add_step_options,
     hf_config,
+    print_result,
     random_weight,
 )
 from contender import measure as measure_steps
@@ -136,11 +135,5 @@ def train_steps(args: argparse.Namespace, model: torch.nn.Module, device: torch.
     return measure_steps(args, device, to_batches, train)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_step_options(parser)
-    print(json.dumps(run(parser.parse_args())))
-
-
 if __name__ == "__main__":
-    main()
+    print_result(run, __doc__)

@@ -10,13 +10,12 @@ different numbers of conversations, and those of a Trainer equally many.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from typing import Any
 
 import torch
-from contender import IGNORE, LEARNING_RATE, MAX_GRAD_NORM, add_step_options, figures, peak_rss_mb, read_steps
+from contender import IGNORE, LEARNING_RATE, MAX_GRAD_NORM, figures, peak_rss_mb, print_result, read_steps
 from datasets import Dataset
 from peer import build_base, draw_weights, lora_config
 from tokenizers import Tokenizer, models
@@ -96,11 +95,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return figures(args, device, (clock.seconds, clock.losses, clock.norms), loaded_mb)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_step_options(parser)
-    print(json.dumps(run(parser.parse_args())))
-
-
 if __name__ == "__main__":
-    main()
+    print_result(run, __doc__)

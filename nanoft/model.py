@@ -89,11 +89,12 @@ class DecoderConfig:
 
     @property
     def by_layer(self) -> list[DecoderConfig]:
+        """The config of each block."""
         return [replace(self, **own) for own in self.layers] or [self] * self.num_layers
 
     @property
     def distinct_ropes(self) -> list[Rope]:
-        """Those of all layers, the one of the layers that see furthest first."""
+        """The ropes of all layers, first that of the layers with the widest view."""
         by_window = sorted(zip(self.windows, self.ropes, strict=True), key=lambda pair: pair[0] is not None)
         found: list[Rope] = []
         for _, rope in by_window:
@@ -159,22 +160,26 @@ class SelfAttention(nn.Module):
 
     def heads(self, projected: list[Tensor], context: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
         """Projections (b, q, heads * d), split into heads, normalized and rotated: (b, q, h or g, d)."""
-        parts: Sequence[Tensor] = projected
         if self.interleaved:  # (b, q, h, 3 d)
-            parts = projected[0].unflatten(-1, (-1, 3 * self.head_dim)).chunk(3, dim=-1)
-        elif self.inputs == ("qkv_proj",):
-            parts = projected[0].split(self.widths, dim=-1)
-        parts = [*parts, parts[1]] if self.keys_are_values else parts
-        norms = self.q_norm, self.k_norm, self.v_norm
-        parts = [norm(part) for norm, part in zip(norms, parts, strict=False)] if self.over_width else parts
-        parts = parts if self.interleaved else [part.unflatten(-1, (-1, self.head_dim)) for part in parts]
-        parts = [parts[0][:, :, ::2], *parts[1:]] if self.gated else parts  # between the heads are the gates
-        parts = parts if self.over_width else [norm(part) for norm, part in zip(norms, parts, strict=False)]
-        q, k, v = *parts, *(context.tensors[name] for name in self.takes)
+            parts = list(projected[0].unflatten(-1, (-1, 3 * self.head_dim)).chunk(3, dim=-1))
+        else:
+            parts = list(projected[0].split(self.widths, dim=-1)) if self.inputs == ("qkv_proj",) else projected
+            parts = [*parts, parts[1]] if self.keys_are_values else parts
+            parts = self.normalize(parts) if self.over_width else parts
+            parts = [part.unflatten(-1, (-1, self.head_dim)) for part in parts]
+        if self.gated:
+            parts[0] = parts[0][:, :, ::2]  # between the heads of q are their gates
+        if not self.over_width:
+            parts = self.normalize(parts)
+        q, k, v = parts + [context.tensors[name] for name in self.takes]  # k and v: its own, or an earlier block's
         context.tensors.update(zip(self.gives, (k, v), strict=False))
         q, k = context.rotate(q, k, self)
         dtype = projected[0].dtype  # under autocast a norm's float32 weight widens its input
         return q.to(dtype), k.to(dtype), v.to(dtype)
+
+    def normalize(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The norms of q, k and v, as far as there are such."""
+        return [norm(part) for norm, part in zip((self.q_norm, self.k_norm, self.v_norm), parts, strict=False)]
 
     def gate(self, y: Tensor, projected: Tensor) -> Tensor:
         """y sigmoid(gate), (b, q, h * d), if q's projection has a gate after each head (Qiu et al. 2025)."""
@@ -190,9 +195,9 @@ class MLP(nn.Module):
         self.activation, self.limit = ACTIVATIONS[config.activation], config.mlp_limit
         self.inputs, self.is_plain = MLP_INPUTS[config.mlp], config.mlp == "plain"
         self.interleaved = config.mlp == "interleaved"
+        rows = 2 * width if self.inputs == MLP_INPUTS["fused"] else width
         for name in self.inputs:
-            inner = nn.Linear(config.hidden_size, width * (3 - len(self.inputs) - self.is_plain), bias=config.mlp_bias)
-            self.add_module(name, inner)
+            self.add_module(name, nn.Linear(config.hidden_size, rows, bias=config.mlp_bias))
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:

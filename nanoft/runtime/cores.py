@@ -127,5 +127,5 @@ class SlowdownMonitor:
         return (
             f"{speed:,.0f} tokens/s instead of {self.best:,.0f}, while other processes take {others:.1f} of "
             f"{len(allowed_cores())} cores: stop with Ctrl-C and run the same command again, whose threads then sleep "
-            "while they wait; or with system.threads=1, after which it is not bit-identical"
+            "while they wait; or set system.threads=1, which changes results in their last bits"
         )
