@@ -27,6 +27,8 @@ from torch import Tensor
 
 from nanoft.attention import soft_cap
 
+CORE_CACHES = 2 << 20  # bytes: the caches of two cores of a CPU alone, which are faster than the one that all share
+
 
 def token_nll(
     hidden: Tensor, head: Tensor, targets: Tensor,
@@ -52,17 +54,29 @@ def token_nll(
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
     """Rows of float32 logits to compute at once; at least 16, so that it stays a matrix-matrix product."""
-    cache = 16 << 20  # bytes: half of a large last-level cache of a CPU
+    cache = 32 << 20  # bytes: a large last-level cache of a CPU, of which 16-bit logits take half
     enough = 128 << 20  # to fill a GPU: 1,024 rows of a vocabulary of 32,768
     return max(16, (cache if device.type == "cpu" else enough) // (4 * vocab))
 
 
-def _chunks(n: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    rows = chunk_rows(vocab, device)
+def _chunks(n: int, rows: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, n, rows))
 
 
-def _chunk_nll(
+def _nll_and_gradient(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float, cap: float | None) -> Tensor:
+    """Loss of each row of W h, (n, vocab), in float32, (n,); dL/d(W h) takes the place of W h.
+
+    The passes over the logits take a few rows at a time, which stay in the caches of a CPU's cores in float32.
+    """
+    losses = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+    few = max(1, CORE_CACHES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
+    for rows in _chunks(len(logits), few):
+        losses[rows], p, lse, slope = _nll(logits[rows], targets[rows], smoothing, z_loss, cap)
+        logits[rows] = _logit_gradient(p, lse, slope, targets[rows], smoothing, z_loss)
+    return losses
+
+
+def _nll(
     logits: Tensor, targets: Tensor, smoothing: float, z_loss: float, cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Loss of each row, (n,); p, (n, vocab); lse, (n, 1); with a cap, dl/d(W h); in float32 from W h, (n, vocab)."""
@@ -103,11 +117,11 @@ class _TokenNLL(torch.autograd.Function):
         nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if want_hidden and not want_head else None
         weight = head.to(hidden.dtype)  # under autocast, the head is float32 but the hidden states are not
-        for chunk in _chunks(len(targets), len(head), hidden.device):
-            nll[chunk], p, lse, slope = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], *settings)
+        for chunk in _chunks(len(targets), chunk_rows(len(head), hidden.device)):
+            logits = hidden[chunk] @ weight.T
+            nll[chunk] = _nll_and_gradient(logits, targets[chunk], *settings)
             if grad_hidden is not None:
-                d_logits = _logit_gradient(p, lse, slope, targets[chunk], *settings[:2]).to(hidden.dtype)
-                torch.mm(d_logits, weight, out=grad_hidden[chunk])
+                torch.mm(logits, weight, out=grad_hidden[chunk])
         ctx.settings = settings
         ctx.save_for_backward(grad_hidden, *((hidden, head, targets) if want_head else ()))
         return nll
@@ -121,10 +135,10 @@ class _TokenNLL(torch.autograd.Function):
         hidden, head, targets = inputs
         grad_hidden, weight = torch.empty_like(hidden), head.to(hidden.dtype)
         grad_head = torch.zeros_like(head, dtype=weights.dtype)
-        for chunk in _chunks(len(targets), len(head), hidden.device):
-            _, p, lse, slope = _chunk_nll(hidden[chunk] @ weight.T, targets[chunk], *ctx.settings)
-            d_logits = _logit_gradient(p, lse, slope, targets[chunk], *ctx.settings[:2]) * weights[chunk]
-            d_logits = d_logits.to(hidden.dtype)
+        for chunk in _chunks(len(targets), chunk_rows(len(head), hidden.device)):
+            d_logits = hidden[chunk] @ weight.T
+            _nll_and_gradient(d_logits, targets[chunk], *ctx.settings)
+            d_logits *= weights[chunk]
             torch.mm(d_logits, weight, out=grad_hidden[chunk])
             grad_head += d_logits.T @ hidden[chunk]
         return grad_hidden, grad_head.to(head.dtype), *[None] * 4

@@ -54,7 +54,7 @@ def answer_tokens(batch: Batch) -> Tensor:
 
 def compared_rows(vocab: int, device: torch.device) -> int:
     """Rows of two tensors of logits to compare at once, which needs several temporary tensors of their size."""
-    return max(16, chunk_rows(vocab, device) // 4)
+    return max(16, chunk_rows(vocab, device) // 8)
 
 
 def kl_of_logits(p: Tensor, q: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from nanoft.kernels.attention import CHUNK
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.kernels.experts import MULTIPLE
 from nanoft.lora import LoRALinear, inject_lora, linears_of
-from nanoft.loss import chunk_rows
+from nanoft.loss import CORE_CACHES, chunk_rows
 from nanoft.model import NORMS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import vocabulary_of
 from nanoft.models.expert_files import check_stacks
@@ -53,10 +53,10 @@ MiB = 2**20
 # (tokens, intermediate) and (tokens, hidden): in backward of an MLP silu, the product, three gradients and two sums.
 KERNELS, TRANSIENT = 64 * MiB, (7, 0)
 # On a CPU, by the bytes of a number: larger, because the allocator cannot reuse everything that was freed.
-KERNELS_CPU, TRANSIENT_CPU = {2: 110 * MiB, 4: 140 * MiB}, {2: (14, 46), 4: (10, 14)}
-EXPERT_ROWS = 4  # tensors of (tokens, chosen, hidden) at once
+KERNELS_CPU, TRANSIENT_CPU = {2: 110 * MiB, 4: 140 * MiB}, {2: (14, 32), 4: (10, 14)}
+EXPERT_ROWS = 10  # tensors of (tokens, chosen, hidden) at once
 BITSANDBYTES = 70 * MiB  # of the library itself, needed for a 4-bit base; counted on a CPU
-FIRST_STEP = 40 * MiB  # of what PyTorch imports in the first backward pass; counted on a CPU
+FIRST_STEP = 40 * MiB  # of what PyTorch imports in the first backward pass of a block that is recomputed, on a CPU
 ROWS = ("training.micro_batch_size", "training.gradient_accumulation_steps")
 
 
@@ -188,9 +188,11 @@ def estimate_memory(
     # S, tanh, their sum, P, the slope twice, dP, dC and dS: on a CPU what is freed is hardly used again
     matrices = (10 if cpu else 5) if capped else 4
     scores = matrices * rows * decoder.num_heads * CHUNK * seen * e * chunked
-    slopes = chunk * decoder.vocab_size * 2.0 * e * (decoder.logit_cap is not None)  # of capped logits
+    # of the logits' softmax, in float32; capped logits and their slopes, in the same rows
+    softmax = CORE_CACHES if cpu else chunk * decoder.vocab_size * 4.0
+    softmax += softmax / 4 * 2 * e * (decoder.logit_cap is not None)
     parts = {
-        "process": baseline + kernel_bytes + FIRST_STEP * cpu + BITSANDBYTES * (cpu and bits == 4),
+        "process": baseline + kernel_bytes + FIRST_STEP * (cpu and again > 0) + BITSANDBYTES * (cpu and bits == 4),
         "linears": 2 * linears / decoder.num_layers if config.model.base_device == "host" else part * linears,
         "head, embedding": (part * counts.others + (1 - part) * head) * stored,
         "gathered": gathered * split * (2 if full else 1),  # with their gradients
@@ -200,10 +202,10 @@ def estimate_memory(
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
         "activations": sum(waiting.get(one, block) for one, block in by_block),
-        "backward": again + transient + unpacked + scores + 2 * slopes * cpu,
-        # a chunk of logits, their softmax and gradient; hidden states of the targets, and the gradient of these
-        "loss": chunk * decoder.vocab_size * (2 * e + 4)
-        + slopes
+        "backward": again + transient + unpacked + scores,
+        # a chunk of logits, then their gradient; the softmax; hidden states of the targets, and the gradient of these
+        "loss": chunk * decoder.vocab_size * e
+        + softmax
         + (2.0 * targets * e + 8.0 * tokens) * decoder.hidden_size
         # the weight that the loss takes instead of a frozen head, and its gradient
         + counts.trains_head * decoder.vocab_size * decoder.hidden_size * (2 * e + 8.0),
