@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,10 @@ def make_base(directory: Path, config: dict[str, Any]) -> int:
 
     def read(name: str) -> Iterator[torch.Tensor]:
         left = math.prod(shapes[name])
+        start = zlib.crc32(name.encode()) % (len(noise) // 2)  # equal matrices would be no random ones
         while left:
-            count = min(left, len(noise))
-            yield (torch.ones(count) if "norm" in name else noise[:count]).bfloat16()
+            count = min(left, len(noise) - start)
+            yield (torch.ones(count) if "norm" in name else noise[start:][:count]).bfloat16()
             left -= count
 
     shards: list[Specs] = [{}]

@@ -121,7 +121,7 @@ class TrainedRows(Adapter):
 
 def copied_modules(model: nn.Module, lora: LoRAConfig, targets: set[str]) -> dict[str, tuple[str, ...]]:
     """Modules with own parameters to train as copies -> which parameters, in the model's order."""
-    leaves = {name: m for name, m in model.named_modules() if getattr(m, "weight", None) is not None or is_linear(m)}
+    leaves = {name: m for name, m in model.named_modules() if has_weight(m)}
     if "lm_head" in lora.modules_to_save and "lm_head" not in leaves:  # it is tied to the embedding: see Decoder.untie
         leaves["lm_head"] = model.get_submodule("model.embed_tokens")
     copies: dict[str, tuple[str, ...]] = {}
@@ -158,6 +158,11 @@ def token_rows(model: nn.Module, lora: LoRAConfig, others: set[str]) -> dict[str
             raise UserError(f"{field}: {wrong}: ids must be below {vocab:,}, without duplicates")
         rows[name] = tuple(ids)
     return rows
+
+
+def has_weight(module: nn.Module) -> bool:
+    """Whether it has a weight, which is not read: a merge reads those of linears and embeddings from files."""
+    return is_linear(module) or isinstance(module, nn.Embedding) or getattr(module, "weight", None) is not None
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -73,6 +73,17 @@ def test_what_is_in_memory_is_small_and_the_head_is_not_to_be_multiplied_by(tmp_
     assert model.head.isnan().all()
 
 
+def test_to_open_an_adapter_reads_no_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a large base would be read within the time limit on names of modules."""
+    make_chat_model(tmp_path / "base", "llama-bias")
+    make_adapter(tmp_path / "base", tmp_path / "adapter", lora=replace(PLAIN, target_modules=("all-linear",)))
+    matrices, read = list[str](), Weights.read
+    monkeypatch.setattr(Weights, "read", lambda self, name, rows: (matrices.append(name), read(self, name, rows))[1])
+    streamed = open_adapter(read_trained_adapter(str(tmp_path / "adapter")), "original")
+    assert matrices
+    assert not [name for name in matrices if len(streamed.model.weights.shapes[name]) > 1]
+
+
 @pytest.mark.parametrize("quantization", [None, {"type": "nf4", "double": True}, {"type": "int8", "double": False}])
 @pytest.mark.parametrize("variant", [*MERGE_VARIANTS, "plain"])
 def test_an_adapter_on_it_does_what_it_does_in_memory(variant: str, quantization: Any, tmp_path: Path) -> None:
