@@ -53,27 +53,21 @@ def quota() -> float:
 
 
 class Usage:
-    """Time of the allowed cores since this was made."""
+    """The time of the allowed cores since this was made."""
 
     def __init__(self) -> None:
-        self.idle, self.own, self.time = self.read()
-
-    @staticmethod
-    def read() -> tuple[float, float, float]:
-        """Seconds of idle cores, of this process's CPU time, and of the clock."""
-        times, own = psutil.cpu_times(percpu=True), os.times()
-        # a core that is not online has no line
-        idle = sum(times[n].idle + getattr(times[n], "iowait", 0.0) for n in allowed_cores() if n < len(times))
-        return idle, own.user + own.system, time.monotonic()
+        self.process, self.started = psutil.Process(), time.monotonic()
+        self.others()
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.time
+        return time.monotonic() - self.started
 
     def others(self) -> float:
-        """Cores that other processes took, on average."""
-        idle, own, now = self.read()
-        return max(0.0, len(allowed_cores()) - (idle - self.idle + own - self.own) / (now - self.time))
+        """Cores that other processes took on average since the last call."""
+        percent = psutil.cpu_percent(percpu=True)  # without a core that is not online
+        busy = sum(percent[core] for core in allowed_cores() if core < len(percent))
+        return max(0.0, busy - self.process.cpu_percent()) / 100
 
 
 def decide(environment: Mapping[str, str], cores: int, granted: float, others: float) -> dict[str, str]:

@@ -10,6 +10,7 @@ bound.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -22,19 +23,7 @@ POWERCAP = Path("/sys/class/powercap")
 JOULES_PER_WH = 3600
 
 
-class EnergyCounter:
-    """A hardware counter, in joules, which wraps around at `wraps_at`."""
-
-    def __init__(self, read: Callable[[], float], wraps_at: float = math.inf):
-        self.read, self.wraps_at, self.last = read, wraps_at, read()
-
-    def used(self) -> float:
-        """Joules since the last call; 0 if the counter can no longer be read."""
-        try:
-            before, self.last = self.last, self.read()
-        except (OSError, ValueError):
-            return 0.0
-        return self.last - before + (self.wraps_at if self.last < before else 0)
+Counter = tuple[Callable[[], float], float]  # reads joules; the value at which it wraps around
 
 
 class EnergyMeter:
@@ -42,22 +31,27 @@ class EnergyMeter:
 
     def __init__(self, device: torch.device):
         self.counters = _processors() + (_gpu(device) if device.type == "cuda" else [])
+        self.last = [math.nan for _ in self.counters]
+        self.used()
 
     def used(self) -> float:
-        """Joules since the last call, or since the start; 0 without counters."""
-        return sum(counter.used() for counter in self.counters)
+        """Joules since the last call, or since the start; 0 without counters that can be read."""
+        joules = 0.0
+        for index, (read, wraps_at) in enumerate(self.counters):
+            with contextlib.suppress(OSError, ValueError):
+                before, self.last[index] = self.last[index], read()
+                joules += self.last[index] - before + (wraps_at if self.last[index] < before else 0)
+        return joules
 
 
-def _processors() -> list[EnergyCounter]:
+def _processors() -> list[Counter]:
     """One counter per package, which includes its cores and memory controller."""
-    counters: list[EnergyCounter] = []
+    counters: list[Counter] = []
     for zone in sorted(POWERCAP.glob("intel-rapl:*")):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             if (zone / "name").read_text().startswith("package"):
                 read = functools.partial(_joules, zone / "energy_uj")
-                counters.append(EnergyCounter(read, _joules(zone / "max_energy_range_uj")))
-        except (OSError, ValueError):
-            continue
+                counters.append((read, _joules(zone / "max_energy_range_uj")))
     return counters
 
 
@@ -65,7 +59,7 @@ def _joules(path: Path) -> float:
     return float(path.read_text()) / 1e6
 
 
-def _gpu(device: torch.device) -> list[EnergyCounter]:
+def _gpu(device: torch.device) -> list[Counter]:
     """NVML's counter, through the driver's own library; none if the GPU has none, such as a MIG slice."""
     handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
     name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
@@ -79,6 +73,6 @@ def _gpu(device: torch.device) -> list[EnergyCounter]:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
             return []
-        return [EnergyCounter(read)]
+        return [(read, math.inf)]
     except (OSError, AttributeError):  # no driver, or an older one
         return []
