@@ -55,11 +55,9 @@ def require_tracker_packages(wanted: LoggingConfig) -> None:
 
 def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     """The trackers that the config asks for, after `step` completed steps."""
-    plots, chosen = config.logging.plots, chosen_trackers(config.logging.report_to)
-    trackers: list[Tracker] = [Plots(directory, plots)] if plots != "none" and is_installed("matplotlib") else []
-    if "tensorboard" in chosen:
-        trackers.append(TensorBoard(directory / "tensorboard", step))
-    return trackers + [kind(directory, config) for kind in (Trackio, WandB) if kind.__name__.lower() in chosen]
+    plots, kinds = config.logging.plots, {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
+    drawn: list[Tracker] = [Plots(directory, plots)] if plots != "none" and is_installed("matplotlib") else []
+    return drawn + [kinds[name](directory, config, step) for name in chosen_trackers(config.logging.report_to)]
 
 
 def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -136,8 +134,8 @@ class TensorBoard:
 
     name = "TensorBoard"
 
-    def __init__(self, directory: Path, step: int):
-        self.directory, self.step = directory, step
+    def __init__(self, directory: Path, _: Config, step: int):
+        self.directory, self.step = directory / "tensorboard", step
         self._writer: Any = None
 
     def log(self, event: dict[str, Any]) -> None:
@@ -161,7 +159,7 @@ class WandB:
 
     name = "W&B"
 
-    def __init__(self, directory: Path, config: Config):
+    def __init__(self, directory: Path, config: Config, _: int):
         self.directory, self.config = directory, config
         self._run: Any = None
 
