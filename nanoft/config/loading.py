@@ -38,7 +38,6 @@ class Loaded:
     config: Config
     schema: Schema | None = None  # None: nanoft's own names
     explanation: list[str] = field(default_factory=list)  # for the terminal
-    names: dict[str, str] = field(default_factory=dict)  # section.field -> its name in a file, for messages
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
@@ -63,9 +62,8 @@ def read_config(path: str | Path, words: Iterable[str] = (), environment: Mappin
     if not config.output.dir:  # named without the environment, so that it is the same on every machine
         stems = Path("-".join(file.stem for file in (Path(path), *more)))
         config = config.override({"output.dir": f"runs/{run_name(stems, read_overrides(overrides, {}))}"})
-    names = {path: name for path, name in loaded.names.items() if path not in changes}
     warnings = [f"warning: {text}" for text in loaded.schema.warn(config)] if loaded.schema else []
-    return replace(loaded, config=config, names=names, explanation=loaded.explanation + warnings)
+    return replace(loaded, config=config, explanation=loaded.explanation + warnings)
 
 
 def split_words(words: Iterable[str]) -> tuple[list[Path], list[str]]:
@@ -191,12 +189,8 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
         path = str(error).partition(": ")[0]
         name = found[path][0] if path in found else path
         raise UserError(str(error) if name == path else f"{name}: {error}") from None
-    return Loaded(
-        _without_functions(config, found, is_of_run=False),
-        schema,
-        before.explanation + explain(schema, meanings),
-        before.names | {path: name for path, (name, _) in found.items() if name != path},
-    )
+    config = _without_functions(config, found, is_of_run=False)
+    return Loaded(config, schema, before.explanation + explain(schema, meanings))
 
 
 def _without_functions(config: Config, given: Collection[str], is_of_run: bool) -> Config:

@@ -22,11 +22,11 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.config import Config, LoggingConfig
-from nanoft.config.aliases import TRACKERS
 from nanoft.config.fields import nearest, parse
 from nanoft.tracking.plots import number
 from nanoft.tracking.run import Tracker
 
+TRACKERS = ("tensorboard", "trackio", "wandb")  # and the package and extra of each
 TIMEOUT_S = 60.0  # for drawing the plots once
 
 
@@ -60,17 +60,14 @@ def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     return drawn + [kinds[name](directory, config, step) for name in chosen_trackers(config.logging.report_to)]
 
 
-def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The finite numbers of an event, by name: train/loss, gradients/modules/q_proj/norm."""
-
-    def flatten(name: str, value: Any) -> Iterator[tuple[str, float]]:
-        if isinstance(value, dict):
-            for key, part in value.items():
-                yield from flatten(f"{name}/{key}", part)
-        elif math.isfinite(number(value)):
-            yield name, number(value)
-
-    yield from flatten(event["event"], {key: value for key, value in event.items() if key not in ("step", "time")})
+def scalars(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """The finite numbers of an event and their names: train/loss, gradients/modules/q_proj/norm."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key not in ("step", "time"):
+                yield from scalars(part, f"{name}/{key}")
+    elif math.isfinite(number(value)):
+        yield name, number(value)
 
 
 class Plots:
@@ -146,7 +143,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.directory), purge_step=self.step + 1, flush_secs=10)
-        for name, value in scalars(event):
+        for name, value in scalars(event, event["event"]):
             self._writer.add_scalar(name, value, event["step"], walltime=event["time"])
 
     def close(self) -> None:
@@ -165,7 +162,7 @@ class WandB:
 
     def log(self, event: dict[str, Any]) -> None:
         self._run = self._run or self._start()
-        if values := dict(scalars(event)):
+        if values := dict(scalars(event, event["event"])):
             self._send(values, event["step"])
 
     def close(self) -> None:

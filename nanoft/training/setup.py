@@ -85,7 +85,7 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
     for line in [] if distributed.process_rank() else source.explanation:
         if is_shown(line, source.config.logging.level):
             print(line)
-    validate_config(source.config, source.names)
+    validate_config(source.config)
     use_cache(source.config.model.cache_dir)
     Bar.enabled = source.config.logging.progress_bar and not distributed.process_rank()
     return source

@@ -6,7 +6,7 @@ entry next to its mathematics. All three scripts call `validate_config` right af
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -22,12 +22,8 @@ from nanoft.optim import OPTIMIZERS, SCHEDULES, warmup_steps
 MAX_RANK = 4096  # of LoRAConfig.rank
 
 
-def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> None:
-    """Check the names of table entries, and the constraints of these entries on other settings.
-
-    Args:
-        origin: section.field -> its name in the user's file, where that is another.
-    """
+def validate_config(config: Config) -> None:
+    """Check the names of table entries, and the constraints of these entries on other settings."""
     t = config.training
     names: dict[str, tuple[str, Iterable[str]]] = {
         "training.objective": (t.objective, OBJECTIVES),
@@ -37,8 +33,7 @@ def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> 
     }
     for field, (name, known) in names.items():
         if name not in known:
-            place = f"{origin[field]}: {field}" if origin and field in origin else field
-            raise UserError(f"{place}: {name!r:.60} is not known{nearest(name, list(known))}")
+            raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, list(known))}")
     if (config.lora.init, config.lora.dora) not in VARIANTS:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
     if t.method == "lora":

@@ -88,7 +88,7 @@ def test_the_numbers_of_an_event() -> None:
         "text": "x",
         "m": {"q": {"n": 1.0}},
     }
-    assert dict(scalars(event)) == {"train/a": 2.0, "train/m/q/n": 1.0}
+    assert dict(scalars(event, "train")) == {"train/a": 2.0, "train/m/q/n": 1.0}
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
