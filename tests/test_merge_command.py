@@ -453,9 +453,7 @@ FULL = """
 """
 
 
-@pytest.mark.parametrize(
-    ("form", "out"), rest_is_slow([("hf", "out"), ("gguf", "out.gguf")], ("hf", "out"))
-)
+@pytest.mark.parametrize(("form", "out"), rest_is_slow([("hf", "out"), ("gguf", "out.gguf")], ("hf", "out")))
 def test_a_disk_that_is_full_leaves_nothing(form: str, out: str, runs: Path, tmp_path: Path) -> None:
     if form == "gguf":
         pytest.importorskip("gguf")

@@ -53,7 +53,10 @@ class YamlLoader(yaml.SafeLoader):
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         node = super().compose_scalar_node(anchor)
-        common = YAML_1_2.get(node.tag.rpartition(":")[2])
+        kind = node.tag.rpartition(":")[2]
+        if kind == "int" and len(node.value) > 100:  # Python refuses to print a number of more than 4,300 digits
+            raise ValueError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} digits")
+        common = YAML_1_2.get(kind)
         if node.style is None and common is not None and not common.fullmatch(node.value):
             line, fix = node.start_mark.line + 1, "quote it, or write true, false or a decimal number"
             raise ValueError(f"line {line}: {node.value} has different meanings in YAML 1.1 and 1.2: {fix}")
