@@ -18,6 +18,7 @@ from nanoft.lora import VARIANTS, variant_of
 from nanoft.metrics.answers import select_metrics
 from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.optim import OPTIMIZERS, SCHEDULES, warmup_steps
+from nanoft.tracking.trackers import chosen_trackers
 
 MAX_RANK = 4096  # of LoRAConfig.rank
 
@@ -42,6 +43,7 @@ def validate_config(config: Config) -> None:
     check_objective(config)
     check_format(config.data.format, OBJECTIVES[t.objective].learns)
     select_metrics(config.evaluation.metrics)
+    chosen_trackers(config.logging.report_to)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
         fix = "set training.optimizer=adamw (each of N processes holds an Nth of it) or training.sharding=none"
         raise UserError(f"training.optimizer: the state of {t.optimizer} cannot be sharded: {fix}")
