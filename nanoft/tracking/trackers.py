@@ -55,7 +55,8 @@ def require_tracker_packages(wanted: LoggingConfig) -> None:
 
 def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     """The trackers that the config asks for, after `step` completed steps."""
-    plots, kinds = config.logging.plots, {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
+    plots = config.logging.plots
+    kinds: dict[str, type[TensorBoard | WandB]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
     drawn: list[Tracker] = [Plots(directory, plots)] if plots != "none" and is_installed("matplotlib") else []
     return drawn + [kinds[name](directory, config, step) for name in chosen_trackers(config.logging.report_to)]
 
