@@ -85,11 +85,11 @@ def main(argv: list[str]) -> int:
         if distributed.world_size() > 1:
             raise UserError("--selftest: runs in one process: start train.py without torchrun")
         with tempfile.TemporaryDirectory(prefix="nanoft-selftest-") as scratch:
-            return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args, start, [])
-    return fine_tune(config, args, start, source.fields)
+            return fine_tune(config.override({"output.dir": f"{scratch}/run", "system.ranks": 1}), args, start)
+    return fine_tune(config, args, start)
 
 
-def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | None, fields: list[str]) -> int:
+def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | None) -> int:
     """One run, from its directory to its report; returns the exit code."""
     ignore_broken_output()
     seed_everything(config.system.seed, config.system.threads, config.system.deterministic)
@@ -110,7 +110,7 @@ def fine_tune(config: Config, args: argparse.Namespace, start: TrainedAdapter | 
             require_room(planner, args.force)  # before a large model is downloaded
         files = distributed.main_process_first(files.fetch)
         provenance = distributed.broadcast_from_rank0(
-            lambda: setup.init_run_dir(config, run, machine, files, args.resume, start, fields)
+            lambda: setup.init_run_dir(config, run, machine, files, args.resume, start)
         )
         torch.set_num_threads(provenance["threads"])
         with explained_out_of_memory(planner):

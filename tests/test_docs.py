@@ -32,7 +32,6 @@ from nanoft.metrics.answers import METRICS
 from nanoft.models.families import FAMILIES
 from nanoft.optim import OPTIMIZERS, SCHEDULES
 from nanoft.runtime.command import Arguments
-from nanoft.runtime.memory import MemoryReading
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {
@@ -469,7 +468,7 @@ def test_every_name_with_an_underscore_is_somewhere_in_the_program(name: str) ->
     words = {code for code in re.findall(r"`(\w+)`", TEXTS[name]) if "_" in code.strip("_")}
     bench = (path.read_text(encoding="utf-8") for path in (ROOT / "bench").glob("*.py"))
     known = set(re.findall(r"\w+", "\n".join([*SOURCES.values(), *bench])))
-    known |= MemoryReading(0, 1, 0, 1).figures().keys() | METRICS.keys()  # some are composed of parts
+    known |= METRICS.keys()  # some are composed of parts
     all_exist(words - known, f"{name}: nowhere in the program: write the present name")
 
 

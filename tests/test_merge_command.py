@@ -403,9 +403,9 @@ def test_a_wrong_model_is_not_kept(
         corrupt(out)
 
     monkeypatch.setattr(command, "merge", merge_wrongly)
-    assert run_merge(runs / "lora", "--out", tmp_path / "deep" / "out", "--dtype", dtype) == 2
+    assert run_merge(runs / "lora", "--out", tmp_path / "out", "--dtype", dtype) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: --out: {tmp_path}/deep/out: the merged model is not base + adapter")
+    assert captured.err.startswith(f"error: --out: {tmp_path}/out: the merged model is not base + adapter")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
@@ -453,9 +453,7 @@ FULL = """
 """
 
 
-@pytest.mark.parametrize(
-    ("form", "out"), rest_is_slow([("hf", "deep/out"), ("gguf", "deep/out.gguf")], ("hf", "deep/out"))
-)
+@pytest.mark.parametrize(("form", "out"), rest_is_slow([("hf", "out"), ("gguf", "out.gguf")], ("hf", "out")))
 def test_a_disk_that_is_full_leaves_nothing(form: str, out: str, runs: Path, tmp_path: Path) -> None:
     if form == "gguf":
         pytest.importorskip("gguf")
@@ -589,7 +587,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     message = message.replace("ROOT", str(runs))
     arguments = [part.replace("ROOT", str(runs)).replace("ADAPTER", str(adapter)) for part in arguments]
     before = set(tmp_path.rglob("*")) | set(runs.rglob("*"))
-    assert run_merge(*arguments, "--out", tmp_path / "deep" / "out") == 2
+    assert run_merge(*arguments, "--out", tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1, captured.err

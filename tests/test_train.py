@@ -439,21 +439,21 @@ SETTINGS = {
 def test_bad_data_is_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make, fragments = DATA[case]
     refused(quick(tmp_path / "runs" / "run", data__train_file=make(tmp_path)), fragments, capsys)
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "run").exists()
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_a_bad_model_is_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change, fragments = MODELS[case]
     refused(quick(tmp_path / "runs" / "run", model__name=copy_base(tmp_path, change)), fragments, capsys)
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "run").exists()
 
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_bad_setting_is_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes, fragments = SETTINGS[case]
     refused(quick(tmp_path / "runs" / "run", **changes), fragments, capsys)
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "run").exists()
 
 
 def test_the_directory_of_another_run_is_refused_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nanoft import UserError
-from nanoft.config.settings import FIELDS, RLConfig, TrainingConfig
+from nanoft.config.settings import FIELDS
 
 Settings = dict[str, Any]  # section.field -> value
 
@@ -45,11 +45,6 @@ class Meaning:
     value: Any
     settings: Settings
     note: str = ""
-
-    def __str__(self) -> str:
-        became = ", ".join(f"{field}={json.dumps(value, default=str)}" for field, value in self.settings.items())
-        nothing = "not set" if self.value is None else "already nanoft's default"
-        return f"{self.name}: {json.dumps(self.value, default=str)} -> {became or self.note or nothing}"
 
 
 class Rule(NamedTuple):
@@ -87,11 +82,13 @@ def dataset(name: Any) -> Any:
 
 
 def trackers(wanted: Any) -> Any:
-    """A tracker, or a list of them."""
-    names = sorted({wanted} if isinstance(wanted, str) else set(map(str, wanted)))
-    if not set(names) <= {"none", "all", *TRACKERS} or ("none" in names and len(names) > 1):
-        raise ValueError(f"is not one of none, {', '.join(sorted(TRACKERS))}: choose one or several of them, or none")
-    return ",".join(names)
+    """A tracker, or a list of them, whose names `chosen_trackers` checks."""
+    return ",".join(sorted(map(str, wanted))) if isinstance(wanted, list) else wanted
+
+
+def pairs(text: str) -> dict[str, str]:
+    """'a=b c=d' -> {a: b, c: d}."""
+    return dict(pair.split("=") for pair in text.split())
 
 
 def noted(why: str, *same: Any) -> Alias:
@@ -103,7 +100,6 @@ DATA_FILES = {"json", "jsonl", "csv", "tsv", "parquet"}
 DTYPES = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 DTYPES |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 DTYPES |= {f"torch.{name}": DTYPES[name] for name in ("float32", "bfloat16", "float16", "half")}
-TRACKERS = ("tensorboard", "trackio", "wandb")  # and the package and extra of each
 OPTIMIZERS: dict[str, Any] = {  # whose names differ
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
@@ -142,50 +138,25 @@ SAME_NAME = """
     preference.beta preference.label_smoothing preference.desirable_weight preference.undesirable_weight
     rl.reward_weights rl.temperature rl.top_p
 """
-# field -> other names that mean the same, with the same values
-RENAMED = {
-    "model.name": "model_name model_name_or_path base_model",
-    "model.max_seq_length": "max_length model_max_length",
-    "quantization.type": "bnb_4bit_quant_type",
-    "quantization.double": "bnb_4bit_use_double_quant use_nested_quant",
-    "lora.rank": "r lora_r",
-    "lora.alpha": "lora_alpha",
-    "lora.dropout": "lora_dropout",
-    "lora.target_modules": "lora_target_modules",
-    "lora.rslora": "use_rslora",
-    "lora.dora": "use_dora",
-    "data.validation_file": "eval_file",
-    "data.max_samples": "max_train_samples",
-    "training.lora_plus_ratio": "loraplus_lr_ratio",
-    "training.micro_batch_size": "per_device_train_batch_size",
-    "training.num_epochs": "num_train_epochs",
-    "training.beta1": "adam_beta1",
-    "training.beta2": "adam_beta2",
-    "training.epsilon": "adam_epsilon",
-    "training.label_smoothing": "label_smoothing_factor",
-    "training.neftune_alpha": "neftune_noise_alpha",
-    "training.compile": "torch_compile",
-    "training.keep_checkpoints": "save_total_limit",
-    "preference.beta": "rl_beta orpo_alpha",
-    "preference.label_smoothing": "dpo_label_smoothing",
-    "preference.sft_weight": "rpo_alpha",
-    "preference.gamma": "simpo_gamma",
-    "preference.desirable_weight": "kto_desirable_weight",
-    "preference.undesirable_weight": "kto_undesirable_weight",
-    "rl.reward": "reward_funcs",
-    "rl.group_size": "num_generations",
-    "rl.updates": "num_iterations",
-    "rl.max_new_tokens": "max_completion_length",
-    "rl.mask_truncated": "mask_truncated_completions",
-    "rl.ratio": "importance_sampling_level",
-    "rl.clip_low": "epsilon",
-    "rl.clip_high": "epsilon_high",
-    "evaluation.on_start": "eval_on_start",
-    "evaluation.batch_size": "per_device_eval_batch_size",
-    "evaluation.max_samples": "max_eval_samples",
-    "output.dir": "output_dir",
-    "system.deterministic": "full_determinism",
-}
+# name=field: other names that mean the same, with the same values
+RENAMED = """
+    model_name=model.name model_name_or_path=model.name base_model=model.name max_length=model.max_seq_length
+    model_max_length=model.max_seq_length bnb_4bit_quant_type=quantization.type
+    bnb_4bit_use_double_quant=quantization.double use_nested_quant=quantization.double r=lora.rank lora_r=lora.rank
+    lora_alpha=lora.alpha lora_dropout=lora.dropout lora_target_modules=lora.target_modules use_rslora=lora.rslora
+    use_dora=lora.dora eval_file=data.validation_file max_train_samples=data.max_samples
+    loraplus_lr_ratio=training.lora_plus_ratio per_device_train_batch_size=training.micro_batch_size
+    num_train_epochs=training.num_epochs adam_beta1=training.beta1 adam_beta2=training.beta2
+    adam_epsilon=training.epsilon label_smoothing_factor=training.label_smoothing
+    neftune_noise_alpha=training.neftune_alpha torch_compile=training.compile
+    save_total_limit=training.keep_checkpoints rl_beta=preference.beta orpo_alpha=preference.beta
+    dpo_label_smoothing=preference.label_smoothing rpo_alpha=preference.sft_weight simpo_gamma=preference.gamma
+    kto_desirable_weight=preference.desirable_weight kto_undesirable_weight=preference.undesirable_weight
+    reward_funcs=rl.reward num_iterations=rl.updates max_completion_length=rl.max_new_tokens
+    mask_truncated_completions=rl.mask_truncated importance_sampling_level=rl.ratio epsilon_high=rl.clip_high
+    eval_on_start=evaluation.on_start per_device_eval_batch_size=evaluation.batch_size
+    max_eval_samples=evaluation.max_samples output_dir=output.dir full_determinism=system.deterministic
+"""
 # names (separated by spaces) -> what they mean
 TRANSLATED = {
     # Model and quantization (BitsAndBytesConfig)
@@ -233,6 +204,8 @@ TRANSLATED = {
     "loss_type": Alias(
         "preference.loss", {name: name for name in ("sigmoid", "robust", "ipo")} | OBJECTIVES | GRPO_LOSSES
     ),
+    "num_generations": Alias("rl.group_size", lambda size: {"training.objective": "grpo", "rl.group_size": size}),
+    "epsilon": Alias(values={}, fix="write a file with sections and set rl.clip_low and rl.clip_high"),
     "scale_rewards": Alias("rl.advantage_scale", {True: "group", False: "none", "group": "group", "none": "none"}),
     "use_bias_correction_kl": Alias(values={True: {}}, fix="remove it: the ratio always weighs the divergence"),
     # What nanoft does anyway, or what changes no result
@@ -263,7 +236,7 @@ TRANSLATED = {
     "optim_args": Alias(values={}, fix="remove it"),
 }
 ALIASES = {field.partition(".")[2]: Alias(field) for field in SAME_NAME.split()}
-ALIASES |= {name: Alias(field) for field, names in RENAMED.items() for name in names.split()}
+ALIASES |= {name: Alias(field) for name, field in pairs(RENAMED).items()}
 ALIASES |= {name: alias for names, alias in TRANSLATED.items() for name in names.split()}
 SHORT = {"lr": "training.learning_rate", "epochs": "training.num_epochs", "batch_size": "training.micro_batch_size"}
 
@@ -283,29 +256,8 @@ RULES = [
 ]
 
 
-def names_of_grpo(file: Mapping[str, Any]) -> dict[str, Alias]:
-    """Names that mean something else in a file for GRPO, or that depend on others there; none for other objectives."""
-    said = file.get("rl") == "grpo" or file.get("strategy") == "rlhf" or file.get("num_generations")
-    if not said and str(file.get("loss_type")).strip("[']") not in GRPO_LOSSES:
-        return {}
-    rows: Any = file.get("per_device_train_batch_size") or TrainingConfig.micro_batch_size
-    group, high = file.get("num_generations") or RLConfig.group_size, file.get("epsilon_high")
-
-    def prompts(steps: Any) -> Any:
-        if not isinstance(steps, int) or steps * rows % group:
-            product = f"x per_device_train_batch_size={rows} is not a multiple of num_generations={group}"
-            raise ValueError(f"{product}: change one of them")
-        return steps * rows // group
-
-    clip = Alias("rl.clip_low", lambda low: {"rl.clip_low": low, "rl.clip_high": low if high is None else high})
-    size = Alias(values=lambda size: {"training.objective": "grpo", "rl.group_size": size})
-    names = {"num_generations": size, "beta": Alias("rl.beta"), "epsilon": clip}
-    return {**names, "gradient_accumulation_steps": Alias("rl.prompts", prompts)}
-
-
 def translate(file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterable[Rule], where: str) -> list[Meaning]:
     """The meaning of each name; null is the same as no setting. `where` describes the file in error messages."""
-    table = {**table, **names_of_grpo(file)}
     reasons = {
         name: f"no effect with {other}: {json.dumps(file.get(other), default=str)}"
         for rule in rules

@@ -48,10 +48,7 @@ def parse(key: str, text: str, hint: Any) -> Any:
                 return (text,) if text else ()  # one regular expression
             return tuple(get_args(kind)[0](part) for part in text.strip("[]()").replace(",", " ").split())
         if get_origin(kind) is dict:
-            table = parse_yaml(text)  # in its inline form: {instruction: q, response: a}
-            if isinstance(table, dict) and all(isinstance(name, str) for name in table):
-                return table
-            raise ValueError("expected names and values")
+            return parse_yaml(text)  # in its inline form: {instruction: q, response: a}
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)

@@ -38,8 +38,6 @@ class Loaded:
     config: Config
     schema: Schema | None = None  # None: nanoft's own names
     explanation: list[str] = field(default_factory=list)  # for the terminal
-    fields: list[str] = field(default_factory=list)  # the lines of `FIELDS_FILE`: how each name was translated
-    names: dict[str, str] = field(default_factory=dict)  # section.field -> its name in a file, for messages
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ) -> Config:
@@ -58,19 +56,14 @@ def read_config(path: str | Path, words: Iterable[str] = (), environment: Mappin
     loaded = _read_files([Path(os.path.expanduser(path)), *more], environment)
     config = loaded.config.override(changes)
     # A shell does not expand a ~ after = (section.field=~/path) or after a comma.
-    paths = {name: path for name, path in config.flat().items() if name in PATHS and path}
-    home = r"(?:^|(?<=,))\s*(~[^/,]*)"
-    expanded = {n: re.sub(home, lambda found: os.path.expanduser(found[1]), path) for n, path in paths.items()}
-    config = config.override(expanded)
+    paths = {name: path.split(",") for name, path in config.flat().items() if name in PATHS and path}
+    expanded = {name: [os.path.expanduser(part.strip()) for part in parts] for name, parts in paths.items()}
+    config = config.override({name: ",".join(parts) for name, parts in expanded.items()})
     if not config.output.dir:  # named without the environment, so that it is the same on every machine
         stems = Path("-".join(file.stem for file in (Path(path), *more)))
         config = config.override({"output.dir": f"runs/{run_name(stems, read_overrides(overrides, {}))}"})
-    names = {path: name for path, name in loaded.names.items() if path not in changes}
-    if loaded.schema is None:
-        return replace(loaded, config=config, names=names)
-    said = loaded.explanation + [f"warning: {text}" for text in loaded.schema.warn(config)]
-    fields = [*said, *loaded.fields, "all settings: config.json; planned memory: metrics.jsonl"]
-    return Loaded(config, loaded.schema, said, fields, names)
+    warnings = [f"warning: {text}" for text in loaded.schema.warn(config)] if loaded.schema else []
+    return replace(loaded, config=config, explanation=loaded.explanation + warnings)
 
 
 def split_words(words: Iterable[str]) -> tuple[list[Path], list[str]]:
@@ -196,14 +189,8 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
         path = str(error).partition(": ")[0]
         name = found[path][0] if path in found else path
         raise UserError(str(error) if name == path else f"{name}: {error}") from None
-    fields = [*map(str, meanings), f"left out: {', '.join(f'{path}={value}' for path, value in left_out.items())}"]
-    return Loaded(
-        _without_functions(config, found, is_of_run=False),
-        schema,
-        before.explanation + explain(schema, meanings),
-        before.fields + fields,
-        before.names | {path: name for path, (name, _) in found.items() if name != path},
-    )
+    config = _without_functions(config, found, is_of_run=False)
+    return Loaded(config, schema, before.explanation + explain(schema, meanings))
 
 
 def _without_functions(config: Config, given: Collection[str], is_of_run: bool) -> Config:

@@ -76,8 +76,11 @@ def recorded_settings(recorded: Mapping[str, Any]) -> Config:
 def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping[str, Any], where: str) -> None:
     """Refuse to mix two runs in one directory; `recorded` is the config.json there."""
     before, known = recorded_settings(recorded), recorded.get("provenance", {})
-    if before.system.ranks != config.system.ranks:
-        check_ranks(before.effective_batch_size(), config)
+    was, now = before.effective_batch_size(), config.effective_batch_size()
+    if before.system.ranks != config.system.ranks and was != now:
+        text = f"the effective batch size of this run is {was}, and {config.system.ranks} processes make it {now}"
+        choose = "change training.micro_batch_size, gradient_accumulation_steps or the number of processes"
+        raise UserError(f"torchrun: {text}: {choose}")
     fix = "choose another output.dir"
     if difference := first_difference(before, config):
         raise UserError(f"output.dir: {where}: holds another run ({difference}): {fix}, or restore the field")
@@ -87,15 +90,3 @@ def check_same_run(recorded: dict[str, Any], config: Config, provenance: Mapping
             other = "".join(f" ({name}: {old[name]} -> {new[name]})" for name in names if old[name] != new[name])
             changed = f"the {what} changed since that run began{other}"
             raise UserError(f"output.dir: {where}: {changed}: {fix}, or restore it")
-
-
-def check_ranks(batch_size: int, config: Config) -> None:
-    """A run can be resumed with another number of processes if the effective batch size stays the same."""
-    size, steps, ranks = config.micro_batch_rows(), config.training.gradient_accumulation_steps, config.system.ranks
-    now = f"{ranks} processes with {size} x {steps} would make it {config.effective_batch_size()}"
-    if config.effective_batch_size() != batch_size:
-        fitting = next(n for n in range(min(size, batch_size), 0, -1) if batch_size % (n * ranks) == 0 or n == 1)
-        steps, left = divmod(batch_size, fitting * ranks)
-        fix = f"set training.micro_batch_size={fitting} training.gradient_accumulation_steps={steps}"
-        fix = "start a number of processes that divides it" if left else fix
-        raise UserError(f"torchrun: the effective batch size of this run is {batch_size}, and {now}: {fix}")

@@ -4,22 +4,32 @@
     training: {batch_size: 2, adam_beta1: 0.9, lr_scheduler_type: cosine}                 MLX: with sections
 
 A schema is a table of names like that of `aliases.py`, its default values, and rules for names that have no effect
-given others. The translation is summarized in a few lines and saved in full in the run directory (`FIELDS_FILE`).
+given others. The translation is summarized in a few lines.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nanoft import UserError
-from nanoft.config.aliases import ALIASES, DTYPES, LEVELS, RULES, Alias, Meaning, Note, Rule, Settings, noted, steps
+from nanoft.config.aliases import (
+    ALIASES,
+    DTYPES,
+    LEVELS,
+    RULES,
+    Alias,
+    Meaning,
+    Note,
+    Rule,
+    Settings,
+    noted,
+    pairs,
+    steps,
+)  # fmt: skip
 from nanoft.config.settings import FIELDS, SECTION_TYPES, Config
 from nanoft.io.tables import wrap
-
-FIELDS_FILE = "fields.txt"  # in the run directory
 
 
 @dataclass(frozen=True)
@@ -34,34 +44,15 @@ class Schema:
     warn: Callable[[Config], list[str]] = lambda config: []
 
 
-def between(low: float, high: float, *types: type, bounds: str = "[]") -> Callable[[Any], Any]:
-    """A check that a number is in [low, high], (low, high], or (low, high), as `bounds` says."""
-    above, below = bounds[0] == "(", bounds[1] == ")"
-    wanted = f"must be a {'whole ' * bool(types)}number {'>' if above else '>='} {low}"
-    wanted += f" and {'<' if below else '<='} {high}" * (high < 1e9)
+def up_to(high: float, *types: type) -> Callable[[Any], Any]:
+    """A check that a number is in (0, high]."""
 
     def check(value: Any) -> Any:
-        if type(value) not in (types or (int, float)) or not low <= value <= high:
-            raise ValueError(wanted)
-        if (above and value == low) or (below and value == high):
-            raise ValueError(wanted)
+        if type(value) not in (types or (int, float)) or not 0 < value <= high:
+            raise ValueError(f"must be a {'whole ' * bool(types)}number > 0 and <= {high}")
         return value
 
     return check
-
-
-def pairs(text: str) -> dict[str, str]:
-    """'a=b c=d' -> {a: b, c: d}."""
-    return dict(pair.split("=") for pair in text.split())
-
-
-def if_installed(package: str, value: Any) -> Any:
-    missing = importlib.util.find_spec(package) is None
-    return Note(f"{package} is not installed: pip install {package}") if missing else value
-
-
-def tracker(name: str) -> Alias:
-    return Alias("logging.report_to", {False: {}, True: if_installed(name, name)})
 
 
 # compute_specs -> the config whose plan fits the smallest of its GPUs (4, 8, 16 GB). It supplies the fields that depend
@@ -87,10 +78,9 @@ MODELFORGE_NAMES = {
     **MODELFORGE_ONLY,
     "dataset": Alias("data.train_file"),
     "use_4bit": Alias("quantization.bits", {True: 4, False: 16}),
-    "lora_r": Alias("lora.rank", between(1, 256, int)),
-    "num_train_epochs": Alias("training.num_epochs", between(1, float("inf"), int)),
-    "learning_rate": Alias("training.learning_rate", between(0, 1, bounds="(]")),
-    "eval_split": Alias("data.validation_split", between(0, 1)),
+    "lora_r": Alias("lora.rank", up_to(256, int)),
+    "num_train_epochs": Alias("training.num_epochs", up_to(10**6, int)),
+    "eval_split": Alias("data.validation_split"),
     "max_seq_length": Alias("model.max_seq_length", {-1: {}}, open=True),
 }
 MODELFORGE_DEFAULTS = """
@@ -111,14 +101,14 @@ MLX_RENAMED = """
     output.output_dir=output.dir monitoring.gradient_log_steps=logging.gradient_steps
     evaluation.num_samples=evaluation.samples evaluation.sample_max_length=evaluation.max_new_tokens
     advanced.compile_model=training.compile advanced.pad_to_multiple_of=data.pad_to_multiple_of
-    advanced.profile_training=system.profile
+    advanced.profile_training=system.profile evaluation.sample_top_p=evaluation.top_p
 """
 LAYOUT = "the run directory (output.dir) has its own layout: checkpoints/, adapter/, train.log, metrics.jsonl"
 MLX_TRANSLATED = {
     "model.dtype": Alias("model.dtype", DTYPES),
     "model.trust_remote_code": noted("code that comes with a model is never run", False),
     "lora.task_type": ALIASES["task_type"],
-    "data.train_split": Alias("data.validation_split", lambda share: round(1 - between(0, 1, bounds="()")(share), 12)),
+    "data.train_split": Alias("data.validation_split", lambda share: round(1 - up_to(0.999)(share), 12)),
     "data.seed": noted("system.seed also seeds the split and the order"),
     "training.max_steps": Alias("training.max_steps", steps),
     "training.lr_scheduler_type": Alias("training.lr_scheduler", {n: n for n in ("cosine", "linear", "constant")}),
@@ -132,8 +122,8 @@ MLX_TRANSLATED = {
     "logging.console": Alias(values={True: {}, False: {"logging.progress_bar": False, "logging.show_example": False}}),
     "logging.file": noted("train.log is always written", True),
     "logging.json_logs": noted("metrics.jsonl is always written", True),
-    "logging.tensorboard": tracker("tensorboard"),
-    "logging.wandb": tracker("wandb"),
+    "logging.tensorboard": Alias("logging.report_to", {False: {}, True: "tensorboard"}),
+    "logging.wandb": Alias("logging.report_to", {False: {}, True: "wandb"}),
     "system.num_workers": noted("batches are made by the process that trains", 0),
     "system.mixed_precision": Alias(values={True: {}, False: {"model.dtype": "float32"}}),
     "monitoring.track_memory": noted("memory is always watched", True),
@@ -143,8 +133,7 @@ MLX_TRANSLATED = {
     "monitoring.plot_frequency": Alias("logging.plots"),
     "evaluation.eval_accumulation_steps": noted("an evaluation keeps sums, so no outputs have to be moved"),
     "evaluation.generate_samples": Alias(values={True: {}, False: {"evaluation.samples": 0}}),
-    "evaluation.sample_temperature": Alias("evaluation.temperature", between(0, 2, bounds="(]")),
-    "evaluation.sample_top_p": Alias("evaluation.top_p", between(0, 1, bounds="(]")),
+    "evaluation.sample_temperature": Alias("evaluation.temperature", up_to(2)),
     "advanced.gradient_checkpointing": ALIASES["gradient_checkpointing"],
     "advanced.use_cache": noted("the cache is always used: the same answers, faster", True),
     "advanced.dataloader_pin_memory": noted("changes no result here", False),
@@ -236,7 +225,7 @@ def explain(schema: Schema, meanings: Sequence[Meaning]) -> list[str]:
             notes.setdefault(meaning.note, []).append(meaning.name)
     effects = sum(bool(meaning.settings) for meaning in meanings)
     same = len(meanings) - effects - sum(map(len, notes.values()))
-    counts = f"{effects} of {len(meanings)} names set fields ({FIELDS_FILE}), {same} left at the default"
+    counts = f"{effects} of {len(meanings)} names set fields, {same} left at the default"
     lines = [f"{m.name}={m.value} in the environment" for m in meanings if m.name in schema.environment]
     lines += [f"{', '.join(names)}: {why}" for why, names in notes.items()]
     return [wrap(f"config    {schema.name} schema: {counts}", 10), *(wrap(f"          {line}", 12) for line in lines)]

@@ -37,7 +37,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation, Learns, format_function, read_file
 from nanoft.data.sources import Log, find_files, read_raw
 from nanoft.io import untrusted
-from nanoft.io.atomic import hash_content, hash_named_files, hash_remembered
+from nanoft.io.atomic import cache_home, hash_files
 from nanoft.io.tables import markdown_table
 
 NOT_IN_KEY = ("packing", "group_by_length", "pad_to_multiple_of")  # they affect batches, not samples
@@ -122,7 +122,7 @@ def build_datasets(
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name not in NOT_IN_KEY}
     # An edit of the code that makes the samples must invalidate the cache.
     code = [*sorted(Path(__file__).parent.glob("*.py")), Path(batches.__file__), Path(untrusted.__file__)]
-    versions = [tokenizers.__version__, jinja2.__version__, hash_named_files(code)]
+    versions = [tokenizers.__version__, jinja2.__version__, hash_files(code)]
     content = [list(map(str, files)), data_hash(data, files)]
     depends_on = [versions, settings, max_length, seed, content, tokenizer.fingerprint(), learns]
     entry, from_cache = load_or_build(json.dumps(depends_on, sort_keys=True, default=str), build, log)
@@ -150,7 +150,7 @@ def data_hash(data: DataConfig, files: list[Path] | None = None) -> str:
     hashed, function = files or [file for part in _parts(data) for file in part], format_function(data.format)
     if function is not None and (source := source_file(function)) is not None:
         hashed = [*hashed, source]
-    return hash_remembered(hashed, cache_home() / "hashes.json")
+    return hash_files(hashed)
 
 
 def _parts(data: DataConfig, log: Log = lambda line: None) -> list[list[Path]]:
@@ -184,8 +184,7 @@ def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Pa
                 return entry, False
             try:
                 build(temporary)
-                hashes = {path.name: hash_content(path) for path in sorted(temporary.iterdir())}
-                (temporary / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
+                (temporary / MANIFEST).write_text(hash_entry(temporary), encoding="utf-8")
                 if not _is_intact(entry):  # otherwise another process has built it meanwhile
                     shutil.rmtree(entry, ignore_errors=True)
                     os.rename(temporary, entry)
@@ -199,20 +198,16 @@ def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Pa
     return entry, found
 
 
-def cache_home() -> Path:
-    """nanoft's directory in the user's cache; without a home directory, a path where nothing can be written."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
-    except RuntimeError:  # not a fixed name in the shared temporary directory: others could put data there
-        return Path(os.devnull) / "nanoft"
+def hash_entry(entry: Path) -> str:
+    """One hash over the names and contents of the files of a cache entry, besides its manifest."""
+    files = sorted(path for path in entry.iterdir() if path.name != MANIFEST)
+    return " ".join([hash_files(files), *(file.name for file in files)])
 
 
 def _is_intact(entry: Path) -> bool:
     try:
-        hashes = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
-        is_complete = {path.name for path in entry.iterdir()} == {MANIFEST, *hashes}
-        return is_complete and all(hash_content(entry / name) == digest for name, digest in hashes.items())
-    except (OSError, ValueError, UserError, TypeError):
+        return (entry / MANIFEST).read_text(encoding="utf-8") == hash_entry(entry)
+    except (OSError, ValueError, UserError):
         return False
 
 

@@ -15,7 +15,6 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.io import atomic
 from nanoft.io.bars import track
 from nanoft.io.tensor_files import encode_safetensors
-from nanoft.io.untrusted import read_json
+from nanoft.io.untrusted import read_json, read_json_or_empty
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, save_adapter, select_modules, sum_adapters, vocabulary_of
 from nanoft.models.model_files import ModelFiles, Quantization, base_files, quantization_of
@@ -68,7 +67,7 @@ def merge(
     files = {name: {tensor: tensors[tensor] for tensor in own} for name, own in split.filename_to_tensors.items()}
     finished = {
         name: recorded
-        for name, recorded in (atomic.read_progress(out) if resumable else {}).items()
+        for name, recorded in (read_json_or_empty(out / atomic.PROGRESS) if resumable else {}).items()
         if name in files and (out / name).is_file() and atomic.hash_file(out / name) == recorded
     }
     missing = [name for name in files if name not in finished]
@@ -166,7 +165,7 @@ def parse_weights(text: str | None, count: int) -> list[float]:
 
 def require_same_base(adapter: TrainedAdapter) -> None:
     """Refuse a base that fits the adapter, but whose files differ from those in its training."""
-    if adapter.base_sha256 and atomic.hash_named_files(base_files(adapter.base)) != adapter.base_sha256:
+    if adapter.base_sha256 and atomic.hash_files(base_files(adapter.base)) != adapter.base_sha256:
         raise UserError(
             f"{adapter.base}: its files are not those that {adapter.place} was trained on (SHA-256 differs): "
             "restore them, or add --any-base"
@@ -217,11 +216,9 @@ def save_result(
     full model is stored; `step`: that of the weights; `dtype`: that of training; `tokenizer`: its directory.
     """
     out = run / ("adapter" if adapters else "model")
-    with atomic.replaced_directory(out) as staging:
+    with atomic.new_directory(out, replace=True) as staging:
         if adapters:
-            base_sha256 = None
-            with suppress(UserError, AttributeError):
-                base_sha256 = read_json(run / "config.json").get("provenance", {}).get("base_sha256")
+            base_sha256 = read_json_or_empty(run / "config.json").get("provenance", {}).get("base_sha256")
             note = _note(quantization_of(config), dtype, step, base_sha256)
             save_adapter(staging, model, adapters, config.lora, config.model.reference, note)
             copy_companions(tokenizer or base, staging, base, config.model.add_tokens)

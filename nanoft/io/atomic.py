@@ -2,7 +2,7 @@
 
 A new file is fsynced before anything refers to it, a small file is replaced by renaming a complete one over it, and a
 directory is fsynced after its entries change, because a file's fsync does not cover its name. Output directories are
-filled under a temporary name. Files are hashed in parallel pieces, and again only after they have changed.
+filled under a temporary name. A file is hashed again only after it has changed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nanoft import UserError
+from nanoft.io.untrusted import read_json_or_empty
 
-PIECE = 8 << 20  # bytes hashed at once
 SETTLED = 2_000_000_000  # nanoseconds; a file modified more recently may change again without a new timestamp
 PROGRESS = ".finished.json"  # next to finished shards: size and SHA-256 of each
 
@@ -90,14 +89,17 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] = os.rename) -> Iterator[Path]:
+def new_directory(
+    out: Path, key: str = "", place: Callable[[Path, Path], None] = os.rename, replace: bool = False
+) -> Iterator[Path]:
     """Yield a staging directory that becomes `out` at the end, or is removed if anything fails.
 
     After an interruption (Ctrl-C, a signal, power), the shards that `PROGRESS` names stay; the next call with the same
     key continues from them, a call with another key removes them. `place` moves the content of the directory to `out`.
+    `replace`: `out` may exist, and is removed once the content of its successor is on disk.
     """
-    require_new(out)
-    created = [parent for parent in out.parents if not parent.exists()]
+    if not replace:
+        require_new(out)
     staging = out.with_name(f".tmp-{out.name}-{key or 'new'}")
     keep = False
     try:
@@ -108,7 +110,7 @@ def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] 
         staging.mkdir(parents=True, exist_ok=True)
         with _locked(staging, out):
             try:
-                finished = read_progress(staging)
+                finished = read_json_or_empty(staging / PROGRESS)
                 for path in staging.iterdir():  # leftovers of an interrupted call, except its finished shards
                     if path.is_dir():
                         shutil.rmtree(path)
@@ -117,6 +119,8 @@ def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] 
                 yield staging
                 (staging / PROGRESS).unlink(missing_ok=True)
                 sync_directory(staging)
+                if replace:
+                    shutil.rmtree(out, ignore_errors=True)
                 place(staging, out)
                 sync_directory(out.parent)
             except KeyboardInterrupt:
@@ -127,12 +131,7 @@ def new_directory(out: Path, key: str = "", place: Callable[[Path, Path], None] 
                     shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         reason = error.strerror or f"{error}: is the disk full?"  # NumPy reports how much it wrote, not the cause
-        raise UserError(f"--out: {out}: cannot be written: {reason}") from None
-    finally:
-        if not out.exists():
-            with suppress(OSError):
-                for parent in created:
-                    parent.rmdir()  # only if it is empty
+        raise UserError(f"{'' if replace else '--out: '}{out}: cannot be written: {reason}") from None
 
 
 def require_new(out: str | Path) -> None:
@@ -154,86 +153,39 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def read_progress(staging: Path) -> dict[str, Any]:
-    """Size and SHA-256 of each finished shard; none if the file is missing or damaged."""
-    with suppress(OSError, ValueError):
-        found = json.loads((staging / PROGRESS).read_bytes())
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-@contextmanager
-def replaced_directory(out: Path) -> Iterator[Path]:
-    """Yield a staging directory that replaces `out` once its content is on disk."""
-    for leftover in out.parent.glob(f".tmp-{out.name}-*"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    staging = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        sync_directory(staging)
-        if out.is_dir():
-            shutil.rmtree(out)
-        os.rename(staging, out)
-        sync_directory(out.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 # ---- Hashes of files
 
 
-def hash_named_files(paths: Iterable[Path]) -> str:
-    """One SHA-256 over the names and contents of files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode() + b"\0")
-        with open(path, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)  # updates it
-    return digest.hexdigest()
-
-
-def hash_content(path: Path) -> str:
-    """SHA-256 over the size of a file and the hashes of its pieces, which are computed in parallel."""
-
-    def hash_piece(start: int) -> bytes:
-        with open(path, "rb") as stream:
-            stream.seek(start)
-            return hashlib.sha256(stream.read(PIECE)).digest()
-
+def cache_home() -> Path:
+    """nanoft's directory in the user's cache; without a home directory, a path where nothing can be written."""
     try:
-        size = os.path.getsize(path)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            digests = b"".join(pool.map(hash_piece, range(0, size, PIECE)))
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
-    return hashlib.sha256(json.dumps([size]).encode() + digests).hexdigest()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoft"
+    except RuntimeError:  # not a fixed name in the shared temporary directory: others could put data there
+        return Path(os.devnull) / "nanoft"
 
 
-def hash_remembered(files: Sequence[Path], memory: Path) -> str:
-    """One SHA-256 over the `hash_content` of files; a file that has not changed is not read again.
+def hash_files(files: Iterable[Path]) -> str:
+    """One SHA-256 over the contents of files; a file that has not changed since an earlier call is not read again.
 
     As in git, a file is unchanged if size, inode, mtime and ctime (nanoseconds) are equal, and it was at rest when it
-    was hashed. `memory` is a JSON file with the hashes of earlier calls.
+    was hashed. The hashes of earlier calls are in the user's cache.
     """
-    digests, known = list[str](), dict[str, Any]()
-    with suppress(OSError, ValueError):
-        found = json.loads(memory.read_text(encoding="utf-8"))
-        known = found if isinstance(found, dict) else {}
+    memory, digest = cache_home() / "hashes.json", hashlib.sha256()
+    known = read_json_or_empty(memory)
+    before = len(known)
     for file in files:
-        place, state = os.path.abspath(file), list[int]()  # what changes whenever a file does
-        with suppress(OSError):  # hash_content raises it
+        try:
             stat = os.stat(file)
-            state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-        at_rest = bool(state) and time.time_ns() - max(state[2:]) > SETTLED
-        before = known.get(place)
-        if at_rest and isinstance(before, list) and before[:-1] == state:
-            digests.append(str(before[-1]))
-            continue
-        digests.append(hash_content(file))
-        if at_rest:
-            known[place] = [*state, digests[-1]]
-    with suppress(OSError):  # without it, the files are hashed again
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(memory, json.dumps(dict(list(known.items())[-1000:])).encode())
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+            times = stat.st_mtime_ns, stat.st_ctime_ns
+            state = json.dumps([os.path.abspath(file), stat.st_size, stat.st_ino, *times])
+            found = str(known.get(state) or hash_file(file)["sha256"])
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        if time.time_ns() - max(times) > SETTLED:
+            known[state] = found
+        digest.update(found.encode())
+    if len(known) > before:
+        with suppress(OSError):  # without it, the files are hashed again
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(memory, json.dumps(dict(list(known.items())[-1000:])).encode())
+    return digest.hexdigest()

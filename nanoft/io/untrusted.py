@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
-import math
 import os
 import re
 import signal
@@ -27,7 +26,6 @@ from nanoft import UserError
 
 MAX_JSON = 16 << 20  # bytes; an index of 90,000 tensors has 9 MB. Python objects take at most 25 times as much
 MAX_YAML = 100_000  # characters, for which PyYAML takes a second
-MAX_NODES = 10_000  # values of a YAML text with all aliases expanded
 MAX_DEPTH = 64  # of nested lists and objects
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment variables
 # Plain values that mean the same in YAML 1.1, which PyYAML reads, and in YAML 1.2 (section 10.3.2; dates are text).
@@ -44,7 +42,35 @@ TOKEN = re.compile(
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Plain data; 1e-4 and -.5 are numbers too, as in YAML 1.2."""
+    """Plain data without aliases or names that appear twice; 1e-4 and -.5 are numbers too, as in YAML 1.2."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few of them can expand a short text until memory is full
+            event = self.peek_event()
+            line, fix = event.start_mark.line + 1, "write the value again, or put it into a file named by base"
+            raise ValueError(f"line {line}: *{event.anchor}: aliases are not supported: {fix}")
+        return super().compose_node(parent, index)
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        kind = node.tag.rpartition(":")[2]
+        if kind == "int" and len(node.value) > 100:  # Python refuses to print a number of more than 4,300 digits
+            raise ValueError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} digits")
+        common = YAML_1_2.get(kind)
+        if node.style is None and common is not None and not common.fullmatch(node.value):
+            line, fix = node.start_mark.line + 1, "quote it, or write true, false or a decimal number"
+            raise ValueError(f"line {line}: {node.value} has different meanings in YAML 1.1 and 1.2: {fix}")
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node, lines = super().compose_mapping_node(anchor), dict[tuple[str, str], int]()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            line, name = key.start_mark.line + 1, (key.tag, key.value)  # lines count from 0
+            if name in lines:
+                text = f"line {line}: {key.value!r:.60} appears a second time, after line {lines[name]}"
+                raise ValueError(f"{text}: remove one of the two")
+            lines[name] = line
+        return node
 
 
 YamlLoader.add_implicit_resolver(
@@ -98,6 +124,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_or_empty(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty if there is none, or a damaged one."""
+    try:
+        return read_json(path)
+    except UserError:
+        return {}
+
+
 def refuse_code(config: dict[str, Any]) -> None:
     """Raise a UserError if a config.json or tokenizer_config.json refers to Python code of its model."""
     for name in ("auto_map", "trust_remote_code", "custom_pipelines"):
@@ -117,9 +151,13 @@ def parse_json(content: bytes) -> Any:
     """A JSON value of bounded depth in which no object has a name twice, or a ValueError."""
     text = decode_text(content)
     try:
-        value = json.loads(text, object_pairs_hook=lambda pairs: _unique_names(pairs, text))
+        return _shallow(json.loads(text, object_pairs_hook=lambda pairs: _unique_names(pairs, text)))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _shallow(value: Any) -> Any:
+    """The value; a ValueError if it is nested more than `MAX_DEPTH` deep."""
     level: list[Any] = [[value]]
     for _ in range(MAX_DEPTH + 1):
         parts = (part for item in level for part in (item.values() if isinstance(item, dict) else item))
@@ -133,68 +171,23 @@ def _unique_names(pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         with contextlib.suppress(yaml.YAMLError):  # JSON is YAML, except for some escapes; YAML nodes know their lines
-            if node := yaml.compose(text[:MAX_YAML], YamlLoader):
-                _measure(node, {})  # raises with both lines
+            yaml.compose(text[:MAX_YAML], YamlLoader)  # raises with both lines
         raise ValueError("a name appears twice in an object: remove one of the two")
     return table
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML value: plain data of bounded size and depth, aliases expanded; otherwise a ValueError.
-
-    A name that occurs twice in a mapping, or a value with different meanings in YAML 1.1 and 1.2, is a ValueError too.
-    """
+    """A YAML value: plain data of bounded size and depth; a ValueError for anything else (see `YamlLoader`)."""
     if len(text) > MAX_YAML:
         raise ValueError(f"longer than {MAX_YAML:,} characters")
     try:
-        loader = YamlLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        size, height = _measure(node, {})
-        if size > MAX_NODES or height > MAX_DEPTH:
-            raise ValueError(f"more than {MAX_NODES:,} values, or nested more than {MAX_DEPTH} deep")
-        return loader.construct_document(node)
+        return _shallow(yaml.load(text, YamlLoader))
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except (LookupError, AttributeError, ArithmeticError, TypeError):  # from PyYAML for `!!int ''`, `!!timestamp x`
         raise ValueError("a value does not match its tag") from None
-
-
-def _measure(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
-    """Number of values and depth of a node with its aliases expanded; infinite if it contains itself."""
-    if id(node) not in known:
-        known[id(node)] = math.inf, math.inf
-        items: list[Any] = node.value if isinstance(node.value, list) else []
-        parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
-        sizes = [_measure(part, known) for part in parts]
-        known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((height for _, height in sizes), default=0)
-        if node.tag.endswith(":int") and len(node.value) > 100:
-            raise ValueError(f"a number of {len(node.value):,} digits")
-        _refuse_ambiguous(node)
-    return known[id(node)]
-
-
-def _refuse_ambiguous(node: yaml.Node) -> None:
-    """Raise a ValueError for a name that a mapping has twice, or a value that YAML 1.1 and 1.2 read differently."""
-    line, kind = node.start_mark.line, node.tag.rpartition(":")[2]
-    if isinstance(node, yaml.MappingNode):
-        names: dict[tuple[str, str], int] = {}
-        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-            if (before := names.get((key.tag, key.value))) is not None:
-                where, first = f"line {key.start_mark.line + 1}: {key.value!r:.60}", before + 1  # lines from 0
-                raise ValueError(f"{where} appears a second time, after line {first}: remove one of the two")
-            names[key.tag, key.value] = key.start_mark.line
-    elif isinstance(node, yaml.ScalarNode) and node.style is None and kind in YAML_1_2:
-        if YAML_1_2[kind].fullmatch(node.value):
-            return
-        found = "a date" if kind == "timestamp" else yaml.safe_load(node.value)
-        meaning, fix = (found, "write") if kind == "timestamp" else (json.dumps(found), f"write {json.dumps(found)} or")
-        if found != node.value:  # otherwise its tag was explicit
-            text = f"{node.value} means {meaning} in YAML 1.1, but not in YAML 1.2"
-            raise ValueError(f"line {line + 1}: {text}: {fix} '{node.value}'")
 
 
 @contextlib.contextmanager

@@ -48,11 +48,9 @@ class Arguments(argparse.ArgumentParser):
         parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
         args, unknown = parse(argv)
         if unknown and unknown[0].startswith("-") and hasattr(args, "overrides"):
-            name, equals, value = unknown[0].partition("=")
-            following = argv[argv.index(unknown[0]) + 1 :] if not equals else [value]
-            value = next((word for word in following[:1] if equals or not word.startswith("--")), "VALUE")
+            name, _, value = unknown[0].partition("=")
             if field := suggest_override(name.lstrip("-")):
-                raise UserError(f"{name}: settings are written section.field=value: {field}={value}")
+                raise UserError(f"{name}: settings are written section.field=value: {field}={value or 'VALUE'}")
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return args

@@ -23,6 +23,7 @@ SPIN, SLEEP = ("GOMP_SPINCOUNT", "10000"), ("OMP_WAIT_POLICY", "PASSIVE")  # rea
 BUSY = 0.5  # cores that others take, from which on threads sleep
 CGROUPS = Path("/sys/fs/cgroup")  # limits of containers and batch systems
 MEMBERSHIP = Path("/proc/self/cgroup")  # the cgroups of this process
+PROCESS = psutil.Process()
 prepared = ""  # what `prepare` decided, if it is worth a line
 
 
@@ -52,28 +53,11 @@ def quota() -> float:
     return min(granted)
 
 
-class Usage:
-    """Time of the allowed cores since this was made."""
-
-    def __init__(self) -> None:
-        self.idle, self.own, self.time = self.read()
-
-    @staticmethod
-    def read() -> tuple[float, float, float]:
-        """Seconds of idle cores, of this process's CPU time, and of the clock."""
-        times, own = psutil.cpu_times(percpu=True), os.times()
-        # a core that is not online has no line
-        idle = sum(times[n].idle + getattr(times[n], "iowait", 0.0) for n in allowed_cores() if n < len(times))
-        return idle, own.user + own.system, time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.time
-
-    def others(self) -> float:
-        """Cores that other processes took, on average."""
-        idle, own, now = self.read()
-        return max(0.0, len(allowed_cores()) - (idle - self.idle + own - self.own) / (now - self.time))
+def cores_of_others() -> float:
+    """Cores that other processes took, on average since the last call, which psutil remembers."""
+    percent = psutil.cpu_percent(percpu=True)  # without a core that is not online
+    busy = sum(percent[core] for core in allowed_cores() if core < len(percent))
+    return max(0.0, busy - PROCESS.cpu_percent()) / 100
 
 
 def decide(environment: Mapping[str, str], cores: int, granted: float, others: float) -> dict[str, str]:
@@ -90,9 +74,10 @@ def prepare(seconds: float = 0.2) -> None:
     global prepared
     if "torch" in sys.modules or not decide(os.environ, 1, math.inf, 0.0):
         return
-    usage, cores = Usage(), len(allowed_cores())
+    cores = len(allowed_cores())
+    cores_of_others()
     time.sleep(seconds)
-    chosen = decide(os.environ, cores, quota(), others := usage.others())
+    chosen = decide(os.environ, cores, quota(), others := cores_of_others())
     os.environ.update(chosen)
     if SLEEP[0] in chosen:
         prepared = f"other processes take {others:.1f} of {cores} cores: threads sleep while they wait"
@@ -109,7 +94,7 @@ class SlowdownMonitor:
     STEPS, SECONDS = 10, 1.0  # of a median: at least so many steps, and so long
 
     def __init__(self) -> None:
-        self.usage, self.best, self.totals = Usage(), 0.0, (0, 0.0)
+        self.best, self.totals, self.started = 0.0, (0, 0.0), time.monotonic()
         self.speeds: list[float] = []  # tokens/s of the last steps
 
     def check(self, tokens: int, seconds: float) -> str:
@@ -118,10 +103,10 @@ class SlowdownMonitor:
         self.totals = tokens, seconds
         if new_seconds > 0:  # after a rollback, the totals are lower
             self.speeds.append(new_tokens / new_seconds)
-        if len(self.speeds) < self.STEPS or self.usage.seconds < self.SECONDS:
+        if len(self.speeds) < self.STEPS or time.monotonic() - self.started < self.SECONDS:
             return ""
-        speed, others = statistics.median(self.speeds), self.usage.others()
-        self.speeds, self.usage, self.best = [], Usage(), max(self.best, speed)
+        speed, others = statistics.median(self.speeds), cores_of_others()
+        self.speeds, self.started, self.best = [], time.monotonic(), max(self.best, speed)
         if speed >= self.best / 2 or others < BUSY:
             return ""
         return (

@@ -1,84 +1,52 @@
-"""Energy that a run uses, as far as the hardware measures it:
+"""Energy that the GPU of a run uses: nvmlDeviceGetTotalEnergyConsumption, millijoules since the driver was loaded.
 
-    GPU         NVML, nvmlDeviceGetTotalEnergyConsumption: millijoules since the driver was loaded
-    processor   Linux powercap, intel-rapl:N/energy_uj (also on AMD): microjoules, which wrap around at
-                max_energy_range_uj; on most systems only root may read them
-
-Counters that cannot be read are skipped, and memory, fans and the power supply are not measured: the sum is a lower
-bound.
+The processor, memory, fans and the power supply are not measured: the figure is a lower bound.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-POWERCAP = Path("/sys/class/powercap")
 JOULES_PER_WH = 3600
 
 
-class EnergyCounter:
-    """A hardware counter, in joules, which wraps around at `wraps_at`."""
-
-    def __init__(self, read: Callable[[], float], wraps_at: float = math.inf):
-        self.read, self.wraps_at, self.last = read, wraps_at, read()
-
-    def used(self) -> float:
-        """Joules since the last call; 0 if the counter can no longer be read."""
-        try:
-            before, self.last = self.last, self.read()
-        except (OSError, ValueError):
-            return 0.0
-        return self.last - before + (self.wraps_at if self.last < before else 0)
-
-
 class EnergyMeter:
-    """The counters of a device and of the processors."""
+    """The energy of a device between calls."""
 
     def __init__(self, device: torch.device):
-        self.counters = _processors() + (_gpu(device) if device.type == "cuda" else [])
+        self.read = gpu_counter(device) if device.type == "cuda" else no_counter
+        self.last = self.read()
 
     def used(self) -> float:
-        """Joules since the last call, or since the start; 0 without counters."""
-        return sum(counter.used() for counter in self.counters)
+        """Joules since the last call, or since the start; 0 without a counter."""
+        before, self.last = self.last, self.read()
+        return self.last - before
 
 
-def _processors() -> list[EnergyCounter]:
-    """One counter per package, which includes its cores and memory controller."""
-    counters: list[EnergyCounter] = []
-    for zone in sorted(POWERCAP.glob("intel-rapl:*")):
-        try:
-            if (zone / "name").read_text().startswith("package"):
-                read = functools.partial(_joules, zone / "energy_uj")
-                counters.append(EnergyCounter(read, _joules(zone / "max_energy_range_uj")))
-        except (OSError, ValueError):
-            continue
-    return counters
+def no_counter() -> float:
+    return 0.0
 
 
-def _joules(path: Path) -> float:
-    return float(path.read_text()) / 1e6
+def gpu_counter(device: torch.device) -> Callable[[], float]:
+    """A function that reads NVML's counter in joules, through the driver's own library.
 
-
-def _gpu(device: torch.device) -> list[EnergyCounter]:
-    """NVML's counter, through the driver's own library; none if the GPU has none, such as a MIG slice."""
+    Some GPUs have none, such as a MIG slice: NVML returns an error, and the value stays as it is.
+    """
     handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
     name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-
-    def read() -> float:
-        if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
-            raise OSError("no NVML energy counter")
-        return millijoules.value / 1000
-
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
-            return []
-        return [EnergyCounter(read)]
+        nvml.nvmlInit_v2()
+        nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle))
+        total = nvml.nvmlDeviceGetTotalEnergyConsumption
     except (OSError, AttributeError):  # no driver, or an older one
-        return []
+        return no_counter
+
+    def read() -> float:
+        total(handle, ctypes.byref(millijoules))
+        return millijoules.value / 1000
+
+    return read

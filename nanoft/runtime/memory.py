@@ -19,7 +19,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import psutil
 import torch
@@ -112,31 +111,16 @@ def release_memory(device: torch.device, error: BaseException | None = None) -> 
         getattr(torch, device.type).empty_cache()
 
 
-@dataclass(frozen=True)
-class MemoryReading:
-    """Bytes that this process holds and may hold, on the device and on the host; equal if the device is the CPU."""
-
-    device_held: float
-    device_limit: float
-    host_held: float
-    host_limit: float
-
-    def shares(self) -> dict[str, float]:
-        """Held memory as a share of the limit, by place."""
-        host = {"host": self.host_held / self.host_limit}
-        return host if self.device_limit == self.host_limit else {"device": self.device_held / self.device_limit} | host
-
-    def figures(self) -> dict[str, float]:
-        """For a `memory` event of metrics.jsonl, in 10^9 bytes."""
-        return {f"{name}_gb": round(value / 1e9, 4) for name, value in vars(self).items()}
-
-
-def read_memory(device: torch.device) -> MemoryReading:
-    held = held_bytes(torch.device("cpu"))
-    limit = available_host_bytes() + held
-    if device.type == "cpu":
-        return MemoryReading(held, limit, held, limit)
-    return MemoryReading(held_bytes(device), memory_limit_bytes(device), held, limit)
+def read_memory(device: torch.device) -> dict[str, float]:
+    """Memory that this process holds and may hold, on the device and the host, in 10^9 bytes: a `memory` event."""
+    host = torch.device("cpu")
+    figures = {
+        "device_held_gb": held_bytes(device),
+        "device_limit_gb": memory_limit_bytes(device),
+        "host_held_gb": held_bytes(host),
+        "host_limit_gb": memory_limit_bytes(host),
+    }
+    return {name: round(value / 1e9, 4) for name, value in figures.items()}
 
 
 class MemoryMonitor:
@@ -148,14 +132,14 @@ class MemoryMonitor:
     LEVELS = (0.85, 0.90, 0.95)
     READINGS = 240
     RISING = 0.9  # correlation of memory and steps in a leak
-    GROWTH, GROWTH_BYTES = 0.02, 32e6  # of a leak over all readings: at least this share of held memory, and this much
+    GROWTH, GROWTH_GB = 0.02, 0.032  # of a leak over all readings: at least this share of held memory, and this much
 
     def __init__(self, device: torch.device, every_s: float = 1.0):
         self.device, self.every_s = device, every_s  # seconds between readings; in between, only the clock is read
         self._warned: dict[str, float] = {}  # place -> the highest level already reported
         self._leak_warned = False
         self._last_s = -float("inf")
-        self._readings: deque[tuple[int, float]] = deque(maxlen=self.READINGS)  # (step, bytes)
+        self._readings: deque[tuple[int, float]] = deque(maxlen=self.READINGS)  # (step, held in GB)
 
     def check(self, step: int) -> list[str]:
         """New warnings after `step` completed optimizer steps, if a reading is due."""
@@ -165,30 +149,30 @@ class MemoryMonitor:
         now = read_memory(self.device)
         return [*self._levels(now), *self._leak(step, now)]
 
-    def _levels(self, now: MemoryReading) -> Iterator[str]:
-        for place, share in now.shares().items():
+    def _levels(self, now: dict[str, float]) -> Iterator[str]:
+        for place in ("host",) if self.device.type == "cpu" else ("device", "host"):
+            limit_gb = now[f"{place}_limit_gb"]
+            share = now[f"{place}_held_gb"] / limit_gb
             level = max((level for level in self.LEVELS if level <= share), default=0.0)
             if level > self._warned.get(place, 0.0):
                 self._warned[place] = level
-                limit = now.host_limit if place == "host" else now.device_limit
                 yield (
-                    f"the process holds {share:.0%} of its {place} memory limit of {limit / 1e9:.2f} GB: lower "
+                    f"the process holds {share:.0%} of its {place} memory limit of {limit_gb:.2f} GB: lower "
                     "training.micro_batch_size and raise gradient_accumulation_steps by the same factor, "
                     "set training.checkpointing=full, or lower model.max_seq_length"
                 )
 
-    def _leak(self, step: int, now: MemoryReading) -> Iterator[str]:
-        self._readings.append((step, now.host_held))
+    def _leak(self, step: int, now: dict[str, float]) -> Iterator[str]:
+        self._readings.append((step, now["host_held_gb"]))
         if self._leak_warned or len(self._readings) < self.READINGS:
             return
         steps, held = zip(*self._readings, strict=True)
         per_step, taken = statistics.linear_regression(steps, held).slope, steps[-1] - steps[0]
         grown = per_step * taken
-        is_large = grown > max(self.GROWTH * held[0], self.GROWTH_BYTES)
-        if is_large and statistics.correlation(steps, held) >= self.RISING:
+        if grown > max(self.GROWTH * held[0], self.GROWTH_GB) and statistics.correlation(steps, held) >= self.RISING:
             self._leak_warned = True
             yield (
-                f"memory has grown by {grown / 1e6:,.0f} MB in {taken:,.0f} steps and will be full in about "
-                f"{(now.host_limit - held[-1]) / per_step:,.0f} more: stop with Ctrl-C and run the same command "
+                f"memory has grown by {1000 * grown:,.0f} MB in {taken:,.0f} steps and will be full in about "
+                f"{(now['host_limit_gb'] - held[-1]) / per_step:,.0f} more: stop with Ctrl-C and run the same command "
                 "again, which resumes in a new process"
             )

@@ -24,13 +24,12 @@ from typing import Any
 from nanoft import UserError
 from nanoft.io.atomic import replace_file
 from nanoft.io.tables import format_duration, markdown_table, wrap
-from nanoft.io.untrusted import one_line, read_json
+from nanoft.io.untrusted import one_line, read_json_or_empty
 from nanoft.tracking import page, plots
 from nanoft.tracking.plots import Events, number, read_events
 from nanoft.tracking.run import may_be_running
 
 IGNORED = ("logging", "output", "provenance")  # sections that do not change what is trained
-ANSWERS, LONGEST = 20, 500  # answers in a page, and characters of each
 PACE = 20  # the time per step is the median over this many train events
 HOME, REST = "\x1b[H\x1b[2J", "\x1b[0J"  # clear the screen and go to its top; clear below the cursor
 
@@ -66,7 +65,8 @@ def compare(directories: Sequence[Path], plot: Path | None = None, html: Path | 
     for key in differ:
         values = [value if isinstance(value := one.get(key), str) else json.dumps(value) for one in settings]
         rows.append([key, *(one_line(value).replace("|", "/") for value in values)])
-    columns = [figures(events, _json(d / "report.json")) for events, d in zip(runs.values(), directories, strict=True)]
+    reports = [read_json_or_empty(directory / "report.json") for directory in directories]
+    columns = [figures(events, report) for events, report in zip(runs.values(), reports, strict=True)]
     rows += [[key, *(column[key] for column in columns)] for key in columns[0]]
     print("\n\n".join(side_by_side(["", *names], rows)))
     if html:
@@ -94,34 +94,21 @@ def side_by_side(header: list[str], rows: list[list[str]]) -> Iterator[str]:
 
 
 def page_of_runs(directories: dict[str, Path], runs: dict[str, Events], rows: list[list[str]]) -> bytes:
-    """Several runs in one page: settings that differ, eval losses, answers that differ, and the reports."""
+    """Several runs in one page: settings that differ, eval losses, and the reports with their answers."""
     names, pictures = list(directories), {}
     text = f"# {', '.join(names)}\n\n{markdown_table(['', *names], rows)}\n"
     if importlib.util.find_spec("matplotlib"):
         text += "\n## Eval loss\n\n![eval loss](losses)\n"
         pictures["losses"] = plots.encode(plots.comparison(runs), ".svg").decode()
     body = page.from_markdown(text, pictures)
-    if answers := differing_answers([_json(directory / "report.json") for directory in directories.values()]):
-        body += f"<h2>Answers</h2>{page.table(['prompt', 'wanted', *map(escape, names)], answers, 'answers')}"
     for name, directory in directories.items():
         body += f"<details><summary>{escape(name)}</summary>\n{page.report_of(directory)}\n</details>\n"
     return page.document(", ".join(names), body)
 
 
-def differing_answers(reports: list[dict[str, Any]]) -> list[list[str]]:
-    """HTML rows for prompts that all runs answered differently: the prompt, the reference, and their answers."""
-    try:
-        each = [_part(report, "answers").get("each", []) for report in reports]
-        by_run = [{(a["prompt"], a["reference"]): a["tuned"] for a in answers} for answers in each]
-        rows = [[*key, *(answers[key] for answers in by_run)] for key in by_run[0] if all(key in a for a in by_run)]
-        return [[escape(cell[:LONGEST]) for cell in row] for row in rows if len({*row[2:]}) > 1][:ANSWERS]
-    except (TypeError, KeyError, AttributeError):  # damaged
-        return []
-
-
 def settings_of(directory: Path) -> dict[str, Any]:
     """section.field -> value in config.json, and the hashes of data and base; empty if it is missing or damaged."""
-    tree = _json(directory / "config.json")
+    tree = read_json_or_empty(directory / "config.json")
     sections = {name: part for name, part in tree.items() if isinstance(part, dict) and name not in IGNORED}
     found = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
     hashes = _part(tree, "provenance")
@@ -158,14 +145,6 @@ def _figure(value: float, form: str) -> str:
     return form.format(value) if math.isfinite(value) else "-"
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none, or a damaged one."""
-    try:
-        return read_json(path)
-    except UserError:
-        return {}
-
-
 # ---- One run, live
 
 
@@ -174,8 +153,9 @@ def follow(directory: Path, every_s: float) -> int:
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--follow: {directory}: not a directory: give a run directory")
     redraws, lock = sys.stdout.isatty(), directory / ".lock"
-    seen: set[tuple[Any, ...]] = set()
-    is_announced = False
+    seen: set[str] = set()
+    if not redraws and not (directory / "metrics.jsonl").exists():
+        print(f"{directory}: waiting for the run to start", flush=True)
     while True:
         # Checked before the file is read. The lock is not taken; its note names the process that owns the run.
         note = lock.read_text("utf-8", errors="replace").strip() if lock.is_file() else ""
@@ -185,15 +165,11 @@ def follow(directory: Path, every_s: float) -> int:
             width = shutil.get_terminal_size((80, 24)).columns - 1
             lines = [line[:width] for line in dashboard(directory.name, events, width)]
             print(HOME + "\n".join(lines) + REST, flush=True)
-        elif events.lines:
-            for line in events.of("train", "eval", "warning", "done"):
-                key = line["event"], line["step"], line.get("time"), line.get("what")
-                if key not in seen:
-                    seen.add(key)
-                    print(wrap(event_line(line), 2), flush=True)
-        elif not is_announced:
-            is_announced = True
-            print(f"{directory}: waiting for the run to start", flush=True)
+        else:
+            for line in map(event_line, events.of("train", "eval", "warning", "done")):
+                if line not in seen:
+                    seen.add(line)
+                    print(wrap(line, 2), flush=True)
         if events.of("done") or not is_running:
             break
         time.sleep(every_s)

@@ -15,37 +15,7 @@ from string import Template
 
 from nanoft.io.atomic import replace_file
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root { --text: #1f2328; --faint: #6b7280; --line: #d5d9de; --page: #fff; --card: #f4f6f8; --accent: #1f77b4 }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e3e6ea; --faint: #9aa4b0; --line: #3a4048; --page: #15181c; --card: #20252b; --accent: #5aa9e6 }
-}
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif;
-  color: var(--text); background: var(--page) }
-h1 + p, pre { padding: .7rem 1rem; background: var(--card); border-left: 4px solid var(--accent) }
-h2, h3, summary { margin: 2rem 0 1rem; font-size: 1.3rem }
-.wide, pre { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { color: var(--faint) }
-th:first-child, td:first-child, .answers * { text-align: left }
-.answers td, li { overflow-wrap: anywhere }
-svg { max-width: 100%; height: auto }
-svg text { fill: currentColor }
-</style>
-</head>
-<body>
-$body
-</body>
-</html>
-""")
+PAGE = Template((Path(__file__).parent / "page.html").read_text("utf-8"))
 ANSWER = re.compile(r" *(prompt|wanted|base|tuned): (.*)")  # a line of a block of answers
 KINDS = {"#": "heading", "|": "table", "-": "list", "!": "picture", "": "space"}  # by the first character of a line
 

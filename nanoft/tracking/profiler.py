@@ -2,7 +2,7 @@
 
     logging.gradient_steps=10    every 10 steps, a `gradients` event: norm, maximum and share of zeros by module type
     system.profile=true          a few steps recorded by torch.profiler, for chrome://tracing or ui.perfetto.dev
-    system.debug=true            the run ends at the first operation whose gradient is NaN, and names it
+    system.debug=true            the run ends at the first operation whose gradient is NaN, with its name and traceback
 
 None of them changes a result; with `system.debug` a NaN ends the run, where the guard would skip the window.
 """
@@ -10,10 +10,8 @@ None of them changes a result; with `system.debug` a NaN ends the run, where the
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,6 @@ from nanoft.config import Config
 from nanoft.tracking.run import NullRun, Run
 
 WAIT, WARM_UP, ACTIVE = 2, 1, 3  # steps of the profiler's schedule; the active ones are in the trace
-FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')  # in the warning that anomaly mode gives first
 
 
 class Profiler:
@@ -107,19 +104,15 @@ def _gradient_figures(parameters: list[nn.Parameter], scale: float) -> dict[str,
 
 @contextlib.contextmanager
 def named_anomalies() -> Iterator[None]:
-    """torch's anomaly mode, with its two messages (operation and call site) as one TrainingFailed."""
-    with warnings.catch_warnings(record=True) as caught, torch.autograd.set_detect_anomaly(True):
-        warnings.simplefilter("always")
+    """torch's anomaly mode: it warns with the traceback of the forward call; its error becomes a TrainingFailed."""
+    with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(True):
+        warnings.filterwarnings("always", "Error detected in")
         try:
             yield
         except RuntimeError as error:
-            found = re.search(r"Function '(\w+)' returned nan values", str(error))
-            if not found:
+            if "returned nan values" not in str(error):
                 raise
-            traces = [str(w.message) for w in caught if "Traceback of forward call" in str(w.message)]
-            frames = [f for trace in traces[-1:] for f in FRAME.findall(trace) if "/torch/" not in f[0]]
-            where = f", called in {Path(frames[-1][0]).name}, line {frames[-1][1]} ({frames[-1][2]})" if frames else ""
             raise TrainingFailed(
-                f"system.debug: the gradient of {found[1]} is NaN{where}: check the inputs of that "
+                f"system.debug: {error} The warning above has the line that called it: check the inputs of that "
                 "operation or lower training.learning_rate; without system.debug the window would be skipped"
             ) from None

@@ -12,19 +12,17 @@ nothing, because B starts at 0 and AdamW's first step is lr * sign(gradient).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanoft.blocks.trained import Adapter
 from nanoft.io.tables import markdown_table
 from nanoft.lora import LoRALinear
-from nanoft.nf4 import Frozen
 
 MIN_STEPS = 100  # before any advice
 MIN_RANK = 4  # a spectrum of fewer values has no tail
@@ -32,7 +30,6 @@ LEGEND = """\
 Weights after step {step}; medians over the modules of a type; report.json has every module.
 
 - 99 %: singular directions that hold this share of the update's energy, in the module that needs the most.
-- update: |dW| / |W|.
 - A full spectrum may be noise: trust the validation loss. With another rank, keep lora.alpha / lora.rank.
 """
 
@@ -43,7 +40,6 @@ class RankUsage:
     singular_values: list[float]  # of dW, (rank,), descending
     effective_rank: float
     directions_99: int  # that hold 99 % of the energy
-    relative_update: float  # |dW|_F / |W|_F
 
 
 def singular_values(a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -65,17 +61,9 @@ def directions_for_energy(sigma: Tensor, share: float) -> int:
     return int((energy < share * energy[-1]).sum()) + 1 if sigma.any() else 0
 
 
-def weight_norm(linear: Frozen) -> float:
-    """|W|_F of a plain or quantized weight."""
-    weight = linear.weight.detach() if isinstance(linear, (nn.Linear, nn.Embedding)) else linear.dequantize()
-    # 64 rows at a time: on a CPU, a float32 sum over 60 million squares is off by 0.5 %.
-    return torch.stack([rows.float().norm() for rows in weight.split(64)]).norm().item()
-
-
 def measure_rank_usage(adapter: LoRALinear) -> RankUsage:
-    sigma, base = singular_values(*adapter.factors(), adapter.scaling), weight_norm(adapter.base)
-    update = sigma.norm().item() / base if base else math.inf
-    return RankUsage(len(sigma), sigma.tolist(), effective_rank(sigma), directions_for_energy(sigma, 0.99), update)
+    sigma = singular_values(*adapter.factors(), adapter.scaling)
+    return RankUsage(len(sigma), sigma.tolist(), effective_rank(sigma), directions_for_energy(sigma, 0.99))
 
 
 def advise(modules: Sequence[RankUsage], step: int) -> tuple[str, str]:
@@ -98,11 +86,16 @@ def advise(modules: Sequence[RankUsage], step: int) -> tuple[str, str]:
 
 
 def summarize(modules: Sequence[RankUsage], step: int) -> dict[str, Any]:
-    """Medians over several modules (of rank and directions, the maximum), and advice."""
-    found: dict[str, Any] = {"modules": len(modules)}
-    found |= {name: max(getattr(m, name) for m in modules) for name in ("rank", "directions_99")}
-    found |= {name: median(getattr(m, name) for m in modules) for name in ("effective_rank", "relative_update")}
-    return found | dict(zip(("advice", "why"), advise(modules, step), strict=True))
+    """The largest rank and number of directions of several modules, their median effective rank, and advice."""
+    advice, why = advise(modules, step)
+    return {
+        "modules": len(modules),
+        "rank": max(m.rank for m in modules),
+        "directions_99": max(m.directions_99 for m in modules),
+        "effective_rank": median(m.effective_rank for m in modules),
+        "advice": advice,
+        "why": why,
+    }
 
 
 def rank_report(adapters: dict[str, Adapter], step: int) -> tuple[dict[str, Any], str, str]:
@@ -117,19 +110,15 @@ def rank_report(adapters: dict[str, Adapter], step: int) -> tuple[dict[str, Any]
     types: dict[str, list[RankUsage]] = {}  # q_proj, ..., down_proj
     for name, usage in usages.items():
         types.setdefault(name.rpartition(".")[2], []).append(usage)
-    lines, run = (
-        {kind: summarize(members, step) for kind, members in types.items()},
-        summarize([*usages.values()], step),
-    )
-    summary = f"{run['advice']}: {run['why']}"
-    used, moved = f"{run['effective_rank']:.1f} of {run['rank']}", f"{run['relative_update']:.2%} of the base"
-    terminal = f"\n\nadapters  effective rank {used}, update {moved} (medians)\nadvice    {summary}"
+    run = summarize([*usages.values()], step)
+    lines = {kind: summarize(members, step) for kind, members in types.items()}
+    summary, used = f"{run['advice']}: {run['why']}", "{effective_rank:.1f} of {rank}"
+    terminal = f"\n\nadapters  effective rank {used.format(**run)} (median)\nadvice    {summary}"
     rows = [
-        [kind, str(line["modules"]), f"{line['effective_rank']:.1f} of {line['rank']}", str(line["directions_99"]),
-         f"{line['relative_update']:.2%}", line["advice"]]
+        [kind, str(line["modules"]), used.format(**line), str(line["directions_99"]), line["advice"]]
         for kind, line in lines.items()
-    ]  # fmt: skip
-    table = markdown_table(["", "modules", "effective rank", "99 %", "update", "advice"], rows)
+    ]
+    table = markdown_table(["", "modules", "effective rank", "99 %", "advice"], rows)
     section = f"\n## Adapters\n\n{summary}.\n\n{table}\n\n{LEGEND.format(step=step)}"
     each = {name: asdict(usage) for name, usage in usages.items()}
     return {"adapters": {"step": step, "all": run, "types": lines, "modules": each}}, terminal, section

@@ -2,7 +2,6 @@
 
     runs/tiny/
         config.json      resolved settings, library versions, hashes of the data and the base model
-        fields.txt       the translation of each name in the config file, if it has another program's schema
         metrics.jsonl    one JSON object per line: train, eval, sample, gradients, checkpoint, warning, memory, done
         train.log        what the terminal showed
         plots/           curves.png and curves.svg
@@ -24,7 +23,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import socket
 import sys
@@ -48,7 +46,6 @@ from nanoft.tracking import page
 from nanoft.tracking.plots import as_event
 
 LEVELS = ("debug", "info", "warning", "error")  # of logging.level
-LEFTOVER = re.compile(r"\.(tmp-(\w+\.jsonl?|report\.(md|html)|adapter|model)|preflight)-\d+")  # of a killed process
 
 
 @dataclass
@@ -145,7 +142,7 @@ class Run:
         if directory.is_dir() and any(directory.iterdir()) and not known:
             raise UserError(f"output.dir: {directory} is not empty and not a nanoft run: choose another output.dir")
         self.directory, self.checkpoints = directory, directory / "checkpoints"
-        self._made = [path for path in (directory, *directory.parents) if not path.exists()]
+        self._is_new = not directory.exists()
         self.trackers: list[Tracker] = []
         self._step = 0  # of the newest event
         self._metrics: AppendOnlyFile | None = None
@@ -156,11 +153,11 @@ class Run:
         except OSError as error:
             raise UserError(f"output.dir: cannot write to {directory}: {error.strerror}") from None
         self._take_lock()
-        for leftover in [path for path in directory.iterdir() if LEFTOVER.fullmatch(path.name)]:
+        for leftover in directory.glob(".tmp-*"):  # of a killed process
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
@@ -182,11 +179,8 @@ class Run:
         if self._metrics is not None:
             self._metrics.close()
         started = self.has_metrics or (self.directory / "metrics.jsonl").exists()
-        if kind is not None and issubclass(kind, UserError) and self._made and not started:
+        if kind is not None and issubclass(kind, UserError) and self._is_new and not started:
             shutil.rmtree(self.directory, ignore_errors=True)  # refused before the first step
-            with contextlib.suppress(OSError):
-                for parent in self._made[1:]:
-                    parent.rmdir()  # fails if it is not empty
         with contextlib.suppress(OSError):
             os.ftruncate(self._lock, 0)  # no owner
         os.close(self._lock)
@@ -318,20 +312,16 @@ class Run:
             self.print(f"warning: cannot write {self.directory / name}: {error.strerror}: training continues")
 
     def _take_lock(self) -> None:
-        """Lock the directory; the kernel releases the lock of a dead process.
-
-        On file systems without `flock` (some network mounts), the owner noted in the file decides; an owner on another
-        host is assumed to be running. There, two processes that start at the same instant may both succeed.
-        """
-        note = os.pread(self._lock, 1000, 0).decode(errors="replace").strip()
+        """Lock the directory, whose lock names its owner; the kernel releases the lock of a dead process."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            is_locked, used = isinstance(error, BlockingIOError), f"in use by process {note or 'unknown'}"
-            if is_locked or may_be_running(note):
-                os.close(self._lock)
-                fix = "wait for it" if is_locked else f"wait for it, remove {self.directory / '.lock'} if it has ended,"
-                raise UserError(f"output.dir: {self.directory} is {used}: {fix} or choose another output.dir") from None
+        except BlockingIOError:
+            owner = os.pread(self._lock, 1000, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._lock)
+            text = f"{self.directory} is in use by process {owner}: wait for it or choose another output.dir"
+            raise UserError(f"output.dir: {text}") from None
+        except OSError as error:  # some network file systems
+            self.print(f"warning: {self.directory} cannot be locked ({error.strerror}): start only one process in it")
         owner = f"{os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
         with contextlib.suppress(OSError):  # disk full; the lock holds anyway
             os.pwrite(self._lock, owner.encode(), 0)
@@ -339,15 +329,11 @@ class Run:
 
 
 def may_be_running(note: str) -> bool:
-    """Whether the process that wrote a lock's note may still be running; a later process may reuse its pid."""
-    words = note.split(maxsplit=4)  # 1234 on host since 2025-01-31 12:00:00
-    if len(words) < 5 or words[2] != socket.gethostname():
+    """Whether the process that a lock names may still be running; one on another host is assumed to be."""
+    words = note.split()  # 1234 on host since 2025-01-31 12:00:00
+    if len(words) < 3 or words[2] != socket.gethostname():
         return bool(note)
-    try:
-        since = time.mktime(time.strptime(words[4], "%Y-%m-%d %H:%M:%S"))
-        return psutil.Process(int(words[0])).create_time() <= since + 60  # tolerates clock changes
-    except (ValueError, psutil.NoSuchProcess):
-        return False
+    return words[0].isdigit() and psutil.pid_exists(int(words[0]))
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

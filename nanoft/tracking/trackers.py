@@ -22,11 +22,11 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.config import Config, LoggingConfig
-from nanoft.config.aliases import TRACKERS
 from nanoft.config.fields import nearest, parse
 from nanoft.tracking.plots import number
 from nanoft.tracking.run import Tracker
 
+TRACKERS = ("tensorboard", "trackio", "wandb")  # and the package and extra of each
 TIMEOUT_S = 60.0  # for drawing the plots once
 
 
@@ -55,24 +55,20 @@ def require_tracker_packages(wanted: LoggingConfig) -> None:
 
 def build_trackers(config: Config, directory: Path, step: int) -> list[Tracker]:
     """The trackers that the config asks for, after `step` completed steps."""
-    plots, chosen = config.logging.plots, chosen_trackers(config.logging.report_to)
-    trackers: list[Tracker] = [Plots(directory, plots)] if plots != "none" and is_installed("matplotlib") else []
-    if "tensorboard" in chosen:
-        trackers.append(TensorBoard(directory / "tensorboard", step))
-    return trackers + [kind(directory, config) for kind in (Trackio, WandB) if kind.__name__.lower() in chosen]
+    plots = config.logging.plots
+    kinds: dict[str, type[TensorBoard | WandB]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
+    drawn: list[Tracker] = [Plots(directory, plots)] if plots != "none" and is_installed("matplotlib") else []
+    return drawn + [kinds[name](directory, config, step) for name in chosen_trackers(config.logging.report_to)]
 
 
-def scalars(event: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The finite numbers of an event, by name: train/loss, gradients/modules/q_proj/norm."""
-
-    def flatten(name: str, value: Any) -> Iterator[tuple[str, float]]:
-        if isinstance(value, dict):
-            for key, part in value.items():
-                yield from flatten(f"{name}/{key}", part)
-        elif math.isfinite(number(value)):
-            yield name, number(value)
-
-    yield from flatten(event["event"], {key: value for key, value in event.items() if key not in ("step", "time")})
+def scalars(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """The finite numbers of an event and their names: train/loss, gradients/modules/q_proj/norm."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key not in ("step", "time"):
+                yield from scalars(part, f"{name}/{key}")
+    elif math.isfinite(number(value)):
+        yield name, number(value)
 
 
 class Plots:
@@ -136,8 +132,8 @@ class TensorBoard:
 
     name = "TensorBoard"
 
-    def __init__(self, directory: Path, step: int):
-        self.directory, self.step = directory, step
+    def __init__(self, directory: Path, _: Config, step: int):
+        self.directory, self.step = directory / "tensorboard", step
         self._writer: Any = None
 
     def log(self, event: dict[str, Any]) -> None:
@@ -148,7 +144,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.directory), purge_step=self.step + 1, flush_secs=10)
-        for name, value in scalars(event):
+        for name, value in scalars(event, event["event"]):
             self._writer.add_scalar(name, value, event["step"], walltime=event["time"])
 
     def close(self) -> None:
@@ -161,13 +157,13 @@ class WandB:
 
     name = "W&B"
 
-    def __init__(self, directory: Path, config: Config):
+    def __init__(self, directory: Path, config: Config, _: int):
         self.directory, self.config = directory, config
         self._run: Any = None
 
     def log(self, event: dict[str, Any]) -> None:
         self._run = self._run or self._start()
-        if values := dict(scalars(event)):
+        if values := dict(scalars(event, event["event"])):
             self._send(values, event["step"])
 
     def close(self) -> None:

@@ -28,8 +28,8 @@ from nanoft import UserError
 from nanoft.attention import Scores
 from nanoft.config import Config
 from nanoft.config.loading import load_config
-from nanoft.data.dataset import cache_home
 from nanoft.data.sources import find_files
+from nanoft.io.atomic import cache_home
 from nanoft.io.hub import cache_directory, use_cache
 from nanoft.io.untrusted import one_line
 from nanoft.kernels.attention import CHUNK, attend, has_varlen

@@ -166,7 +166,7 @@ def check_head(model: Decoder, tokenizer: ChatTokenizer, samples: TokenDataset) 
 
 def rehearse_save(directory: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int) -> Check:
     """Write the weights of a checkpoint and remove them; then check the disk space for the run's checkpoints."""
-    staging = directory / f".preflight-{os.getpid()}"
+    staging = directory / f".tmp-preflight-{os.getpid()}"
     try:
         write_tensors(staging, weights)
         size = staging.stat().st_size

@@ -77,7 +77,7 @@ def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: fl
     bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {state.meter.tokens_per_second():,.0f} tok/s", False)
     bar.update(state.step - bar.n)  # negative after a rollback
     if is_due(ctx, state, ctx.config.training.log_steps):
-        memory = {"peak_memory_gb": peak_memory_gb(ctx.device), **read_memory(ctx.device).figures()}
+        memory = {"peak_memory_gb": peak_memory_gb(ctx.device), **read_memory(ctx.device)}
         values = {"learning_rate": lr, "grad_norm": grad_norm, **memory}
         if ctx.scaler.is_enabled():
             values |= {"loss_scale": ctx.scaler.get_scale(), "overflow_steps": state.overflow_steps}
@@ -242,7 +242,7 @@ def watch_memory(ctx: TrainContext, state: TrainState, monitor: MemoryMonitor) -
 
 def log_memory(ctx: TrainContext, state: TrainState, stage: str) -> None:
     """Log a `memory` event: the memory held, and its limit, at a stage of the run."""
-    ctx.run.log("memory", state.step, stage=stage, **read_memory(ctx.device).figures())
+    ctx.run.log("memory", state.step, stage=stage, **read_memory(ctx.device))
 
 
 def report_failure(ctx: TrainContext, state: TrainState, what: str, error: Exception) -> None:

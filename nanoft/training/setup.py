@@ -29,7 +29,6 @@ from nanoft.config import Config, LoRAConfig
 from nanoft.config.fields import nearest
 from nanoft.config.loading import Loaded, read_config
 from nanoft.config.resume import check_same_run, recorded_settings, resume_fingerprint
-from nanoft.config.schemas import FIELDS_FILE
 from nanoft.config.settings import config_warnings
 from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
@@ -42,7 +41,6 @@ from nanoft.io import atomic
 from nanoft.io.bars import Bar
 from nanoft.io.hub import use_cache
 from nanoft.io.tables import format_duration, wrap
-from nanoft.io.untrusted import redact
 from nanoft.kernels import sharding
 from nanoft.kernels.streaming import keep_on_host, stream_blocks
 from nanoft.lora import disabled
@@ -87,7 +85,7 @@ def read_source(path: str | Path, words: Sequence[str]) -> Loaded:
     for line in [] if distributed.process_rank() else source.explanation:
         if is_shown(line, source.config.logging.level):
             print(line)
-    validate_config(source.config, source.names)
+    validate_config(source.config)
     use_cache(source.config.model.cache_dir)
     Bar.enabled = source.config.logging.progress_bar and not distributed.process_rank()
     return source
@@ -112,12 +110,9 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
 
 
 def init_run_dir(
-    config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str,
-    start: TrainedAdapter | None = None, fields: Sequence[str] = (),
-) -> Provenance:  # fmt: skip
+    config: Config, run: Run, machine: Machine, files: ModelFiles, resume: str, start: TrainedAdapter | None = None
+) -> Provenance:
     """On rank 0: check that the directory is new or holds the same run, and write its config.json.
-
-    `fields`: the translation of each name in a config of another schema.
 
     Returns what the run depends on; the date (which a template may print) and CPU threads are those of its first
     session.
@@ -137,8 +132,8 @@ def init_run_dir(
         "waiting": cores.waiting(),
         "config_sha256": fingerprint,
         **data_provenance(config.data),
-        "base_sha256": atomic.hash_named_files([*described_files(files.directory), *weights]),
-        "source_sha256": atomic.hash_named_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
+        "base_sha256": atomic.hash_files([*described_files(files.directory), *weights]),
+        "source_sha256": atomic.hash_files(sorted(Path(nanoft.__file__).parent.rglob("*.py"))),
         **({"start_sha256": hash_tensors(start.tensors)} if start else {}),
         "date": str(before.get("date") or datetime.now().date().isoformat()),
     }
@@ -155,8 +150,6 @@ def init_run_dir(
             run.print(f"warning: {other}: from here on the run is not bit-identical to an uninterrupted one")
     text = json.dumps({**config.to_dict(), "provenance": provenance}, indent=2) + "\n"
     atomic.replace_file(run.directory / "config.json", text.encode())
-    if fields:
-        atomic.replace_file(run.directory / FIELDS_FILE, redact("\n".join(fields) + "\n").encode())
     if start:
         check_start(start, config, provenance, run)
     return provenance

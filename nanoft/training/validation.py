@@ -6,7 +6,7 @@ entry next to its mathematics. All three scripts call `validate_config` right af
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -18,16 +18,13 @@ from nanoft.lora import VARIANTS, variant_of
 from nanoft.metrics.answers import select_metrics
 from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.optim import OPTIMIZERS, SCHEDULES, warmup_steps
+from nanoft.tracking.trackers import chosen_trackers
 
 MAX_RANK = 4096  # of LoRAConfig.rank
 
 
-def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> None:
-    """Check the names of table entries, and the constraints of these entries on other settings.
-
-    Args:
-        origin: section.field -> its name in the user's file, where that is another.
-    """
+def validate_config(config: Config) -> None:
+    """Check the names of table entries, and the constraints of these entries on other settings."""
     t = config.training
     names: dict[str, tuple[str, Iterable[str]]] = {
         "training.objective": (t.objective, OBJECTIVES),
@@ -37,8 +34,7 @@ def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> 
     }
     for field, (name, known) in names.items():
         if name not in known:
-            place = f"{origin[field]}: {field}" if origin and field in origin else field
-            raise UserError(f"{place}: {name!r:.60} is not known{nearest(name, list(known))}")
+            raise UserError(f"{field}: {name!r:.60} is not known{nearest(name, list(known))}")
     if (config.lora.init, config.lora.dora) not in VARIANTS:
         raise UserError(f"lora.dora: {config.lora.dora} is not supported with lora.init={config.lora.init}: change one")
     if t.method == "lora":
@@ -47,6 +43,7 @@ def validate_config(config: Config, origin: Mapping[str, str] | None = None) -> 
     check_objective(config)
     check_format(config.data.format, OBJECTIVES[t.objective].learns)
     select_metrics(config.evaluation.metrics)
+    chosen_trackers(config.logging.report_to)
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
         fix = "set training.optimizer=adamw (each of N processes holds an Nth of it) or training.sharding=none"
         raise UserError(f"training.optimizer: the state of {t.optimizer} cannot be sharded: {fix}")

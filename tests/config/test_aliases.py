@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 import train
 from nanoft import UserError
 from nanoft.config import Config, TrainingConfig
-from nanoft.config.aliases import ALIASES, RENAMED, SAME_NAME, TRANSLATED
+from nanoft.config.aliases import ALIASES, RENAMED, SAME_NAME, TRANSLATED, pairs
 from nanoft.config.loading import load_file
 from nanoft.config.settings import SECTION_TYPES
 from nanoft.optim import OPTIMIZERS, learning_rate
@@ -126,10 +126,8 @@ DR_GRPO = {"training.objective": "grpo", "rl.loss_normalization": "dr_grpo", "rl
 GRPO_CONFIG = {
     "num_generations": 16,
     "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 12,
     "max_completion_length": 99,
     "num_iterations": 2,
-    "epsilon": 0.2,
     "epsilon_high": 0.28,
     "scale_rewards": "group",
     "mask_truncated_completions": True,
@@ -144,7 +142,6 @@ GRPO = {
     "training.objective": "grpo",
     "training.micro_batch_size": 8,
     "rl.group_size": 16,
-    "rl.prompts": 6,
     "rl.max_new_tokens": 99,
     "rl.updates": 2,
     "rl.clip_low": 0.2,
@@ -208,10 +205,8 @@ EPOCHS = {f"training.{name}_steps": "epoch" for name in ("save", "eval", "log")}
         ),
         ({"loss_type": ["simpo"], "simpo_gamma": 1.0}, {"training.objective": "simpo", "preference.gamma": 1.0}),
         ({"rl": "kto", "desirable_weight": 1.3}, {"training.objective": "kto", "preference.desirable_weight": 1.3}),
-        ({"rl": "grpo", "beta": 0.04}, {"training.objective": "grpo", "rl.beta": 0.04}),
-        ({"num_generations": 4, "beta": 0.04}, {"training.objective": "grpo", "rl.group_size": 4, "rl.beta": 0.04}),
-        ({"loss_type": ["dr_grpo"], "scale_rewards": False, "beta": 0.01}, DR_GRPO | {"rl.beta": 0.01}),
-        ({"rl": "grpo", "epsilon": 0.1}, {"training.objective": "grpo", "rl.clip_low": 0.1, "rl.clip_high": 0.1}),
+        ({"num_generations": 4}, {"training.objective": "grpo", "rl.group_size": 4}),
+        ({"loss_type": ["dr_grpo"], "scale_rewards": False}, DR_GRPO),
         ({"rl": "grpo", "epsilon_high": 0.28}, {"training.objective": "grpo", "rl.clip_high": 0.28}),
         (GRPO_CONFIG, GRPO),
         ({"save_total_limit": None, "deepspeed": None, "report_to": [], "modules_to_save": None}, {}),
@@ -255,16 +250,7 @@ def test_values_are_translated(flat: dict[str, Any], changes: dict[str, Any], tm
         ({"rl": "grpo", "scale_rewards": "batch"}, "scale_rewards: 'batch' is not one of True, False, group, none"),
         ({"rl": "grpo", "use_bias_correction_kl": False}, "use_bias_correction_kl: False is not one of True: remove"),
         ({"rl": "grpo", "importance_sampling_level": "word"}, "importance_sampling_level: rl.ratio: 'word' is not one"),
-        (
-            {"num_generations": 6, "gradient_accumulation_steps": 2},
-            "gradient_accumulation_steps: 2 x per_device_train_batch_size=4 is not a multiple of num_generations",
-        ),
-        (
-            {"rl": "grpo", "gradient_accumulation_steps": "many"},
-            "gradient_accumulation_steps: 'many' x per_device_train_batch_size=4 is not",
-        ),
-        ({"report_to": "mlflow"}, "report_to: 'mlflow' is not one of none, tensorboard, trackio, wandb: choose one"),
-        ({"report_to": ["wandb", "none"]}, "report_to: ['wandb', 'none'] is not one of none, tensorboard, trackio"),
+        ({"rl": "grpo", "epsilon": 0.1}, "epsilon: 0.1 has no counterpart: write a file with sections and set rl.clip"),
         ({"deepspeed": {"stage": 3}}, "deepspeed: {'stage': 3} is not one of"),
         ({"push_to_hub": True}, "push_to_hub: True is not one of False: remove it: nothing is uploaded"),
         ({"trust_remote_code": True}, "remove it: code that comes with a model is never run"),
@@ -331,8 +317,9 @@ def test_the_trainer_has_the_names_that_are_said_to_be_its_own() -> None:
     """Every training setting has a name that transformers, or PEFT's LoRA+, knows."""
     known = {item.name for item in dataclasses.fields(TrainingArguments)} | {"loraplus_lr_ratio", "warmup_ratio"}
     known |= {"early_stopping_patience", "early_stopping_threshold"}  # of its callback
-    same = {field: field.partition(".")[2] for field in SAME_NAME.split()}
-    renamed = {field: f"{same.pop(field, '')} {names}" for field, names in RENAMED.items()} | same
+    renamed = {field: field.partition(".")[2] for field in SAME_NAME.split()}
+    for name, field in pairs(RENAMED).items():
+        renamed[field] = f"{renamed.get(field, '')} {name}"
     training = [names.split() for field, names in renamed.items() if field.startswith("training.")]
     training += [
         n.split() for n, alias in TRANSLATED.items() if alias.field.startswith("training.") and "peft" not in n

@@ -39,9 +39,8 @@ def test_text_becomes_a_value_of_the_type(text: str, hint: Any, value: Any) -> N
         ("yes", bool, "true or false"),
         ("often", int | float | Literal["epoch"], "an integer .* or one of epoch"),
         ("5", Literal[4, 8], "one of 4, 8"),
-        ("[1]", dict[str, int], "a mapping"),
         ("{a: 1, a: 2}", dict[str, int], "a mapping .*'a' appears a second time"),
-        ("{a: on}", dict[str, Any], "a mapping .*write true or 'on'"),
+        ("{a: on}", dict[str, Any], "a mapping .*quote it, or write true"),
     ],
 )
 def test_text_of_another_type_is_refused(text: str, hint: Any, says: str) -> None:

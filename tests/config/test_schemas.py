@@ -14,7 +14,7 @@ import train
 from nanoft import UserError
 from nanoft.config import Config, load_config, load_file
 from nanoft.config.loading import CONFIGS, Loaded, read_config
-from nanoft.config.schemas import FIELDS_FILE, MLX, MODELFORGE, SUPPLIED, tracker
+from nanoft.config.schemas import MLX, MODELFORGE, SUPPLIED
 from tiny_models import make_chat_model, write_records
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "schemas.md").read_text(encoding="utf-8")
@@ -109,8 +109,8 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "data.train_split": [
         (0.8, {"data.validation_split": 0.2}),
         (0.95, {"data.validation_split": 0.05}),
-        (0, "error: data.train_split: 0 must be a number > 0 and < 1"),
-        (1.0, "error: data.train_split: 1.0 must be a number > 0 and < 1"),
+        (0, "error: data.train_split: 0 must be a number > 0 and <= 0.999"),
+        (1.0, "error: data.train_split: 1.0 must be a number > 0 and <= 0.999"),
     ],
     "data.shuffle": [(True, {"training.shuffle": True}), (False, {"training.shuffle": False})],
     "data.seed": [(1, "system.seed also seeds"), (2, "system.seed also seeds")],
@@ -207,7 +207,7 @@ MLX_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     ],
     "evaluation.sample_top_p": [
         (0.5, {"evaluation.top_p": 0.5}),
-        (0.0, "error: evaluation.sample_top_p: 0.0 must be a number > 0 and <= 1"),
+        (0.0, "error: evaluation.top_p: 0.0 is out of range"),
     ],
     "advanced.gradient_checkpointing": [
         (True, {"training.checkpointing": "full"}),
@@ -264,7 +264,11 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
         (["low_end"], "error: compute_specs: ['low_end']: set low_end (4-6 GB)"),
         ({}, "error: compute_specs: {}: set low_end (4-6 GB)"),
     ],
-    "lora_r": [(1, {"lora.rank": 1}), (256, {"lora.rank": 256}), (257, "error: lora_r: 257 must be a whole number >=")],
+    "lora_r": [
+        (1, {"lora.rank": 1}),
+        (256, {"lora.rank": 256}),
+        (257, "error: lora_r: 257 must be a whole number"),
+    ],
     "lora_alpha": [(8, {"lora.alpha": 8}), (64, {"lora.alpha": 64})],
     "lora_dropout": [(0.0, {"lora.dropout": 0.0}), (0.5, {"lora.dropout": 0.5})],
     "use_4bit": [(True, {"quantization.bits": 4}), (False, {"quantization.bits": 16})],
@@ -281,7 +285,7 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "num_train_epochs": [
         (2, {"training.num_epochs": 2}),
         (1, {"training.num_epochs": 1}),
-        (0, "error: num_train_epochs: 0 must be a whole number >= 1"),
+        (0, "error: num_train_epochs: 0 must be a whole number > 0"),
     ],
     "per_device_train_batch_size": [
         (3, {"training.micro_batch_size": 3}),
@@ -300,8 +304,8 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "learning_rate": [
         (1, {"training.learning_rate": 1}),
         (1e-5, {"training.learning_rate": 1e-5}),
-        (0, "error: learning_rate: 0 must be a number > 0 and <= 1"),
-        (1.5, "error: learning_rate: 1.5 must be a number > 0 and <= 1"),
+        (0, "error: learning_rate: training.learning_rate: 0 is out of range"),
+        (1.5, "error: learning_rate: training.learning_rate: 1.5 is out of range"),
     ],
     "weight_decay": [(0.0, {"training.weight_decay": 0.0}), (0.1, {"training.weight_decay": 0.1})],
     "optim": [
@@ -324,8 +328,8 @@ FORGE_CASES: dict[str, list[tuple[Any, dict[str, Any] | str]]] = {
     "eval_split": [
         (0, {"data.validation_split": 0}),
         (0.5, {"data.validation_split": 0.5}),
-        (1.5, "error: eval_split: 1.5 must be a number >= 0 and <= 1"),
-        (-0.1, "error: eval_split: -0.1 must be a number >= 0 and <= 1"),
+        (1.5, "error: eval_split: data.validation_split: 1.5 is out of range"),
+        (-0.1, "error: eval_split: data.validation_split: -0.1 is out of range"),
     ],
     "eval_steps": [(5, {"training.eval_steps": 5}), (7, {"training.eval_steps": 7})],
 }
@@ -366,11 +370,9 @@ def test_a_field_takes_effect_or_is_refused_or_reported(name: str, value: Any, e
         assert len(str(caught.value).splitlines()) == 1
         return
     loaded = read(tmp_path, tree)
-    (line,) = [line for line in loaded.fields if line.startswith(f"{name}: ")]
     if isinstance(expected, str):
-        assert expected in line
         shown = re.sub(r"\s+", " ", "\n".join(loaded.explanation))
-        assert (expected in shown) == (expected != SAME)  # what has no counterpart is also on the terminal
+        assert (name in shown and expected in shown) == (expected != SAME)
     else:
         assert {path: value_of(loaded.config, path) for path in expected} == expected
 
@@ -454,7 +456,7 @@ def test_a_name_without_effect_beside_another_is_reported(
     names: dict[str, Any], idle: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     loaded = read(tmp_path, tree_of(names))
-    assert [line for line in loaded.fields if line.startswith(f"{idle}: ") and "-> no effect with" in line]
+    assert re.search(rf"\b{idle}(, [\w., ]+)?: no effect with", " ".join(" ".join(loaded.explanation).split()))
     assert {path: value_of(loaded.config, path) for path in expected} == expected
 
 
@@ -512,11 +514,6 @@ def test_the_strategy_dpo_trains_on_the_pairs_of_its_dataset(tmp_path: Path) -> 
 def test_both_trackers(tmp_path: Path) -> None:
     tree = {"logging": {"tensorboard": True, "wandb": True}}
     assert read(tmp_path, tree).config.logging.report_to == "tensorboard,wandb"
-
-
-def test_what_needs_a_package_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanoft.config.schemas.importlib.util.find_spec", lambda name: None)
-    assert "wandb is not installed: pip install wandb" in str(tracker("wandb").values)
 
 
 # --- warnings of the MLX schema, and its environment
@@ -688,13 +685,9 @@ def test_a_whole_file_trains(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     saved = load_file(tmp_path / "run" / "config.json")
     assert saved.model.dtype == {"mid": "bfloat16", "high": "bfloat16"}.get(name, "float16")
     assert saved.quantization.bits == {"low": 4, "mid": 4}.get(name, 16)
-    fields = (tmp_path / "run" / FIELDS_FILE).read_text()
     shown = capsys.readouterr().out
     head = "MLX" if name == "full" else "ModelForge"
     assert f"config    {head} schema: " in shown
-    assert f"config    {head} schema: " in fields
-    for path in MLX_FIELDS if name == "full" else tree:
-        assert f"\n{path}: " in fields
     if name == "full":
         assert "never run" in shown
         assert "warning: training.warmup_steps=100: more than 20 % of the steps" in shown

@@ -17,8 +17,8 @@ import pytest
 
 from nanoft import UserError
 from nanoft.data import dataset
-from nanoft.data.dataset import cache_home, load_or_build
-from nanoft.io.atomic import hash_remembered
+from nanoft.data.dataset import load_or_build
+from nanoft.io.atomic import hash_files
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_a_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "a").write_text("one")
-    first, second = (hash_remembered([tmp_path / "a"], cache_home() / "hashes.json") for _ in range(2))
+    first, second = (hash_files([tmp_path / "a"]) for _ in range(2))
     assert first == second
     build = Builder()
     assert content(build.get()) == content(build.get())

@@ -14,13 +14,10 @@ import pytest
 from nanoft import UserError
 from nanoft.io import atomic
 from nanoft.io.atomic import (
-    hash_content,
     hash_file,
-    hash_named_files,
-    hash_remembered,
+    hash_files,
     new_directory,
     replace_file,
-    replaced_directory,
     write_file,
     write_json,
 )
@@ -101,7 +98,7 @@ def test_a_new_directory_is_complete_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="broken"), new_directory(out) as staging:  # noqa: PT012 (left by an error)
         (staging / "x").write_text("1")
         raise ValueError("broken")
-    assert list(tmp_path.iterdir()) == [], "the directories above it are gone too"
+    assert files(tmp_path) == {}
     with new_directory(out) as staging:
         (staging / "x").write_text("1")
         assert not out.exists()
@@ -125,10 +122,10 @@ def test_only_the_lock_of_another_process_is_reported_as_one(tmp_path: Path) -> 
 def test_a_directory_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     (tmp_path / ".tmp-out-1").mkdir()  # of a process that was killed
     for content in ("old", "new"):
-        with replaced_directory(tmp_path / "out") as staging:
+        with new_directory(tmp_path / "out", replace=True) as staging:
             (staging / "x").write_text(content)
         assert files(tmp_path) == {"out/x": content}
-    with pytest.raises(ValueError, match="broken"), replaced_directory(tmp_path / "out") as staging:  # noqa: PT012
+    with pytest.raises(ValueError, match="broken"), new_directory(tmp_path / "out", replace=True) as staging:  # noqa: PT012
         (staging / "x").write_text("newer")
         raise ValueError("broken")
     assert files(tmp_path) == {"out/x": "new"}
@@ -138,57 +135,48 @@ def test_a_directory_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
 # --- hashes
 
 
-def test_hash_of_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against hashlib on the whole file."""
-    monkeypatch.setattr(atomic, "PIECE", 4)
-    (tmp_path / "a").write_bytes(b"abcdefghi")
-    pieces = b"".join(hashlib.sha256(piece).digest() for piece in (b"abcd", b"efgh", b"i"))
-    assert hash_content(tmp_path / "a") == hashlib.sha256(b"[9]" + pieces).hexdigest()
-    (tmp_path / "a").write_bytes(b"")
-    assert hash_content(tmp_path / "a") == hashlib.sha256(b"[0]").hexdigest()
+def test_a_hash_of_files_is_that_of_their_contents(tmp_path: Path) -> None:
+    """Against hashlib."""
+    contents = [b"abcdefghi", b""]
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    digests = "".join(hashlib.sha256(content).hexdigest() for content in contents)
+    assert hash_files(paths) == hashlib.sha256(digests.encode()).hexdigest()
     with pytest.raises(UserError, match="nothing: cannot be read"):
-        hash_content(tmp_path / "nothing")
+        hash_files([tmp_path / "nothing"])
 
 
 def test_a_file_at_rest_is_hashed_once_and_one_that_was_touched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic, "SETTLED", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     read: list[str] = []
-    real, memory = hash_content, tmp_path / "home" / "hashes.json"
-    monkeypatch.setattr(atomic, "hash_content", lambda file: read.append(file.name) or real(file))
+    real, memory = hash_file, tmp_path / "home" / "nanoft" / "hashes.json"
+    monkeypatch.setattr(atomic, "hash_file", lambda file: read.append(file.name) or real(file))
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_text("one")
     b.write_text("two")
-    first = hash_remembered([a, b], memory)
-    assert hash_remembered([a, b], memory) == first != hash_remembered([b, a], memory)
+    first = hash_files([a, b])
+    assert hash_files([a, b]) == first != hash_files([b, a])
     assert read == ["a", "b"]
     stat = a.stat()
     a.write_text("ONE")
     os.utime(a, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same size, the same time: the inode's time tells
-    assert hash_remembered([a, b], memory) != first
+    assert hash_files([a, b]) != first
     a.write_text("one")
-    assert hash_remembered([a, b], memory) == first
+    assert hash_files([a, b]) == first
     assert read == ["a", "b", "a", "a"]
     for damage in ("{", "[]", '{"x": 1}', "\\"):
         memory.write_text(damage)
-        assert hash_remembered([a, b], memory) == first
-    with pytest.raises(UserError, match="nothing: cannot be read"):
-        hash_remembered([tmp_path / "nothing"], memory)
+        assert hash_files([a, b]) == first
 
 
-def test_a_file_that_has_just_changed_is_not_believed_to_be_at_rest(tmp_path: Path) -> None:
-    memory = tmp_path / "hashes.json"
+def test_a_file_that_has_just_changed_is_not_believed_to_be_at_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     (tmp_path / "a").write_text("one")
-    hash_remembered([tmp_path / "a"], memory)
-    assert memory.read_text() == "{}"
-
-
-def test_a_hash_tells_names_and_contents_apart(tmp_path: Path) -> None:
-    for name, content in (("a", "1"), ("b", "2"), ("ab", "1"), ("c", "1")):
-        (tmp_path / name).write_text(content)
-    groups = [["a"], ["b"], ["c"], ["ab"], ["a", "b"], ["b", "a"], []]
-    digests = [hash_named_files([tmp_path / name for name in group]) for group in groups]
-    assert len(set(digests)) == len(groups)
-    (tmp_path / "a").write_text("3")
-    assert hash_named_files([tmp_path / "a"]) != digests[0]
+    hash_files([tmp_path / "a"])
+    assert not (tmp_path / "home").exists()

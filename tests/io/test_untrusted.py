@@ -50,7 +50,6 @@ def test_json_at_the_bound() -> None:
         ('{"a": 1, "\\u0061":\n 2}', "a", (1, 1)),  # the same name, spelled in two ways
         ("a: 1\nb: {a: 1}\n'a': 2\n", "a", (1, 3)),
         ("x:\n- {b: 1,\n   b: 2}\n", "b", (2, 3)),
-        ("&k a: 1\n*k : 2\n", "a", (1, 1)),
     ],
 )
 def test_a_name_twice_is_refused_with_both_lines(text: str, name: str, lines: tuple[int, int]) -> None:
@@ -59,25 +58,19 @@ def test_a_name_twice_is_refused_with_both_lines(text: str, name: str, lines: tu
         parse(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "instead"),
-    [
-        ("yes", "write true or 'yes'"),
-        ("Off", "write false or 'Off'"),
-        ("1:30", "write 90 or '1:30'"),
-        ("1:30.5", "write 90.5 or '1:30.5'"),
-        ("010", "write 8 or '010'"),
-        ("0b11", "write 3 or '0b11'"),
-        ("1_000", "write 1000 or '1_000'"),
-        ("2001-12-14", "write '2001-12-14'"),
-        ("2001-13-40", "write '2001-13-40'"),
-    ],
-)
-def test_what_yaml_1_1_reads_in_its_own_way_is_refused(text: str, instead: str) -> None:
+@pytest.mark.parametrize("text", ["yes", "Off", "1:30", "1:30.5", "010", "0b11", "1_000", "2001-12-14", "2001-13-40"])
+def test_what_yaml_1_1_reads_in_its_own_way_is_refused(text: str) -> None:
     for document in (f"a: 1\nb: {text}\n", f"a: 1\nb: [{text}]\n", f"a: 1\n{text}: b\n"):
-        with pytest.raises(ValueError, match=f"^line 2: {re.escape(text)} means .*: {re.escape(instead)}"):
+        with pytest.raises(ValueError, match=f"^line 2: {re.escape(text)} has different meanings .*: quote it"):
             parse_yaml(document)
     assert parse_yaml(f"b: '{text}'") == {"b": text}
+
+
+def test_aliases_are_refused_with_their_line() -> None:
+    """They cannot expand a short text until memory is full, or make a value contain itself."""
+    for text in ("a: &a [1]\nb: *a\n", "a: &a\n  - *a\n", "a: &a {k: 1}\nc: {<<: *a, k: 5}\n", "&k a: 1\n*k : 2\n"):
+        with pytest.raises(ValueError, match=r"^line 2: \*[ak]: aliases are not supported: write the value again"):
+            parse_yaml(text)
 
 
 def test_numbers_and_words_that_both_versions_read_alike() -> None:
@@ -96,7 +89,6 @@ def test_a_byte_order_mark_is_no_text() -> None:
     "text",
     [
         "model: {name: x}\nlora:\n  rank: 4\n  target_modules: [q_proj, v_proj]\n",
-        "a: &a {k: 1, l: [2, 3]}\nb: *a\nc: {<<: *a, k: 5}\n",
         "a: '2001-12-14'\nb: 0x1f\nc: 1000\nd: .inf\ne: ~\nf: |\n  two\n  lines\n",
         "",
         nested(MAX_DEPTH),
@@ -110,7 +102,7 @@ def test_yaml_at_the_bound() -> None:
     assert parse_yaml("a: " + "x" * (MAX_YAML - 3)) == {"a": "x" * (MAX_YAML - 3)}
     with pytest.raises(ValueError, match="longer than"):
         parse_yaml("a: " + "x" * (MAX_YAML - 2))
-    with pytest.raises(ValueError, match="nested more than"):
+    with pytest.raises(ValueError, match="nested too deeply"):
         parse_yaml(nested(MAX_DEPTH + 1))
 
 

@@ -39,11 +39,11 @@ def test_options_may_stand_anywhere(parser: Arguments) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("c.py --lr 1e-4", "--lr: settings are written section.field=value: training.learning_rate=1e-4"),
+        ("c.py --lr 1e-4", "--lr: settings are written section.field=value: training.learning_rate=VALUE"),
         ("--lr=1e-4", "--lr: settings are written section.field=value: training.learning_rate=1e-4"),
         ("--training.learning_rate=1e-4", "section.field=value: training.learning_rate=1e-4"),
-        ("--max-steps 5 a=1", "--max-steps: settings are written section.field=value: training.max_steps=5"),
-        ("--max_steps -1", "section.field=value: training.max_steps=-1"),
+        ("--max-steps 5 a=1", "--max-steps: settings are written section.field=value: training.max_steps=VALUE"),
+        ("--max_steps=-1", "section.field=value: training.max_steps=-1"),
         ("--lora_r --resume no", "section.field=value: lora.rank=VALUE"),
         ("--per_device_train_batch_size=2", "section.field=value: training.micro_batch_size=2"),
         ("--zzzz 3", "unrecognized arguments: --zzzz (see --help)"),

@@ -51,10 +51,10 @@ def test_help_and_version_do_not_import_torch(command: str) -> None:
 
 
 MISTAKES = {
-    "train.py --lr 1e-4": "error: --lr: settings are written section.field=value: training.learning_rate=1e-4\n",
+    "train.py --lr 1e-4": "error: --lr: settings are written section.field=value: training.learning_rate=VALUE\n",
     "eval.py runs/a --prompts=3": "error: --prompts: settings are written section.field=value: evaluation.prompts=3\n",
     "merge.py a --out b --lr 3": "error: unrecognized arguments: --lr 3 (see --help)\n",
-    "-m nanoft doctor c.py --lr 1": "error: --lr: settings are written section.field=value: training.learning_rate=1\n",
+    "-m nanoft doctor c.py --lr=1": "error: --lr: settings are written section.field=value: training.learning_rate=1\n",
     "-m nanoft plot": "error: the following arguments are required: RUN (see --help)\n",
     "-m nanoft plots": "error: argument chat|doctor|compare|plot: invalid choice: 'plots' (choose from ",
     "-m nanoft": "error: the following arguments are required: chat|doctor|compare|plot (see --help)\n",

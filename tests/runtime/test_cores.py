@@ -13,7 +13,7 @@ import pytest
 from runs import ROOT, quick
 
 from nanoft.runtime import cores
-from nanoft.runtime.cores import SLEEP, SPIN, SlowdownMonitor, Usage, decide
+from nanoft.runtime.cores import SLEEP, SPIN, SlowdownMonitor, decide
 
 SLEEPS, SPINS = dict([SLEEP]), dict([SPIN])
 FREE = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
@@ -21,7 +21,7 @@ FREE = {name: value for name, value in os.environ.items() if not name.startswith
 COMMAND = """
 import runpy, sys
 from nanoft.runtime import cores
-cores.Usage.others = lambda self: {others}
+cores.cores_of_others = lambda: {others}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -62,10 +62,10 @@ def test_the_quota_is_the_lowest_of_the_groups_above(tmp_path: Path, monkeypatch
 
 def test_what_others_take_is_measured_on_the_allowed_cores_without_the_process_itself() -> None:
     program = (
-        "import os, sys, time; from nanoft.runtime.cores import Usage, allowed_cores\n"
-        "os.sched_setaffinity(0, {allowed_cores()[0]}); usage = Usage()\n"
-        "while usage.seconds < 0.7: pass\n"
-        "print(usage.others())"
+        "import os, sys, time; from nanoft.runtime.cores import allowed_cores, cores_of_others\n"
+        "os.sched_setaffinity(0, {allowed_cores()[0]}); cores_of_others(); start = time.monotonic()\n"
+        "while time.monotonic() < start + 0.7: pass\n"
+        "print(cores_of_others())"
     )
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("this system cannot bind a process to a core")
@@ -119,7 +119,7 @@ def test_every_command_decides_before_torch_is_imported(script: str) -> None:
 def test_a_slowdown_is_reported_if_others_take_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlowdownMonitor, "SECONDS", 0.0)
     taken = 0.0
-    monkeypatch.setattr(Usage, "others", lambda self: taken)
+    monkeypatch.setattr(cores, "cores_of_others", lambda: taken)
     monitor, tokens, seconds, said = SlowdownMonitor(), 0, 0.0, []
 
     def steps(speed: float) -> None:

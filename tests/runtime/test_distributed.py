@@ -20,7 +20,7 @@ from tiers import rest_is_slow
 import train
 from nanoft import UserError
 from nanoft.config import Config
-from nanoft.config.resume import check_ranks, first_difference, resume_fingerprint
+from nanoft.config.resume import check_same_run, first_difference, resume_fingerprint
 from nanoft.models.families import decoder_config
 from nanoft.runtime import distributed
 from nanoft.runtime.device import Machine, select_device
@@ -469,8 +469,7 @@ def test_another_number_of_rows_a_step_is_refused_with_the_fix(alone: Path, tmp_
     assert train.main(quick(directory, **EXACT, training__max_steps=2)) == 0
     _, err = run(2, directory)
     assert codes(directory) == {0: 2, 1: 2}
-    assert "the effective batch size of this run is 8, and 2 processes with 4 x 2 would make it 16: " in err
-    assert "set training.micro_batch_size=4 training.gradient_accumulation_steps=1" in err
+    assert "the effective batch size of this run is 8, and 2 processes make it 16: change " in err
 
 
 def split(size: int, steps: int, ranks: int) -> Config:
@@ -485,18 +484,12 @@ def test_the_rows_of_a_step_are_the_ranks_together() -> None:
     assert first_difference(split(4, 6, 1), split(4, 6, 2)) is not None
 
 
-@pytest.mark.parametrize(
-    ("rows", "config", "fix"),
-    [
-        (16, split(4, 4, 2), "set training.micro_batch_size=4 training.gradient_accumulation_steps=2"),
-        (6, split(4, 2, 3), "set training.micro_batch_size=2 training.gradient_accumulation_steps=1"),
-        (8, split(4, 2, 3), "start a number of processes that divides it"),
-        (4, split(1, 1, 8), "start a number of processes that divides it"),
-    ],
-)
-def test_how_to_split_the_rows_over_other_ranks(rows: int, config: Config, fix: str) -> None:
-    with pytest.raises(UserError, match=fix):
-        check_ranks(rows, config)
+def test_other_ranks_must_keep_the_effective_batch_size() -> None:
+    recorded = split(4, 4, 1).to_dict()
+    check_same_run(recorded, split(2, 4, 2), {}, "run")
+    message = "the effective batch size of this run is 16, and 2 processes make it 32: change training.micro_batch_size"
+    with pytest.raises(UserError, match=message):
+        check_same_run(recorded, split(4, 4, 2), {}, "run")
 
 
 def test_rows_by_memory_are_shared_evenly() -> None:

@@ -88,7 +88,7 @@ def test_the_numbers_of_an_event() -> None:
         "text": "x",
         "m": {"q": {"n": 1.0}},
     }
-    assert dict(scalars(event)) == {"train/a": 2.0, "train/m/q/n": 1.0}
+    assert dict(scalars(event, "train")) == {"train/a": 2.0, "train/m/q/n": 1.0}
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
@@ -225,7 +225,7 @@ def test_tensorboard_reads_back_what_was_logged_and_a_resumed_run_replaces_what_
     for first, loss in ((0, 5.0), (2, 7.0)):  # interrupted after step 4, its checkpoint was of step 2
         with Run.open(tmp_path / "run") as run:
             run.open_metrics(first, [0, first], [])
-            run.trackers = [TensorBoard(run.directory / "tensorboard", first)]
+            run.trackers = [TensorBoard(run.directory, Config(), first)]
             for step in (first + 1, first + 2, *([4] if first == 0 else [])):
                 run.log("train", step, loss=loss / step, note="text", missing=float("nan"))
             run.log("eval", first + 2, loss=loss)
@@ -271,7 +271,7 @@ def test_wandb_stays_offline_and_its_file_has_what_was_logged_and_no_token(
         monkeypatch.delenv(name, raising=False)
     with Run.open(tmp_path / "run") as run:
         run.open_metrics(0, [0, 0], [])
-        run.trackers = [WandB(run.directory, Config())]
+        run.trackers = [WandB(run.directory, Config(), 0)]
         for step in (1, 2):
             run.log("train", step, loss=3.0 / step, text=TOKEN)
         run.log("warning", 2, what="nothing to count")
@@ -307,7 +307,7 @@ def refuse(*_):
 socket.socket.connect = socket.create_connection = refuse
 with Run.open(sys.argv[1]) as run:
     run.open_metrics(0, [0, 0], [])
-    run.trackers = [Trackio(run.directory, Config())]
+    run.trackers = [Trackio(run.directory, Config(), 0)]
     for step in (1, 2):
         run.log("train", step, loss=3.0 / step, text="x", missing=float("nan"))
     run.log("warning", 2, what="nothing to count")
