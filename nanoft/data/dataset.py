@@ -71,7 +71,7 @@ class PreparedDataset:
     def prompts(self, samples: TokenDataset) -> Iterator[str]:
         """The prompt of each record's last answer, without the system message."""
         for _, conversation in self._read(np.unique(samples.records).tolist()):
-            yield conversation.without_system().prompt()
+            yield conversation.prompt(system=False)
 
     def field_values(self, samples: TokenDataset, name: str) -> list[str]:
         """The value of a field in the record of each sample; `(none)` where it is missing."""
@@ -219,9 +219,8 @@ def _is_intact(entry: Path) -> bool:
 def _prune(home: Path, newest: Path) -> None:
     """Delete the least recently used entries, and the leftovers of builds that were killed."""
     entries = sorted((p for p in home.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
-    complete = [path for path in entries if not path.name.startswith(".tmp-")]
     stale = [p for p in entries if p.name.startswith(".tmp-") and time.time() - p.stat().st_mtime > STALE_AFTER]
-    for path in [*complete[MAX_ENTRIES:], *stale]:
+    for path in [*entries[MAX_ENTRIES:], *stale]:
         if path != newest:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import math
@@ -144,7 +143,4 @@ def _growth(part: dict[str, Any]) -> float:  # the factor by which a normalizer 
         return max(1, len(part["content"]) / taken if taken else 1 + len(part["content"]))
     if part["type"] == "Prepend":
         return 1 + len(part["prepend"])
-    if part["type"] == "Precompiled":  # 4 bytes: the size of a look-up table; the table; zero-terminated strings
-        chart = base64.b64decode(part["precompiled_charsmap"])
-        return max(map(len, chart[4 + int.from_bytes(chart[:4], "little") :].split(b"\0")))
     return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or []))

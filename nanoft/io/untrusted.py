@@ -197,22 +197,34 @@ def _refuse_ambiguous(node: yaml.Node) -> None:
             raise ValueError(f"line {line + 1}: {text}: {fix} '{node.value}'")
 
 
+class Alarm(BaseException):
+    """The time limit; not an Exception, so that code that catches exceptions cannot swallow it."""
+
+
+def can_interrupt() -> bool:
+    return hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Interrupt the block, even a regular expression, with a UserError; in the main thread only."""
+    """Interrupt the block, even a regular expression, with a UserError, where that is possible; 0: no limit."""
 
-    def too_late(_number: int, _frame: FrameType | None) -> None:
-        raise UserError(f"{what}: takes longer than {seconds:g} seconds: simplify it")
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Alarm
 
-    if threading.current_thread() is not threading.main_thread():
+    if not seconds or not can_interrupt():
         yield
         return
-    previous = signal.signal(signal.SIGALRM, too_late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGALRM, stop)
     try:
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except Alarm:
+        raise UserError(f"{what}: takes longer than {seconds:g} seconds: simplify it") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
 
 

@@ -308,9 +308,9 @@ ELSEWHERE: list[tuple[Learns, dict[str, Any], str]] = [
     ("pairs", {"text": "A"}, r"it has no preferred answers \(text\): set training\.objective=sft$"),
     ("pairs", {"prompt": "Q", "completion": "A", "label": True}, r"objective=sft, or training\.objective=kto to "),
     ("labels", {"text": "A"}, r"set training\.objective=sft$"),
-    ("turns", ranked("a", "b"), r"contains pairs of answers: set training\.objective=dpo to learn the preference$"),
-    ("turns", PAIRS["sharegpt"][0], r"contains pairs of answers: set training\.objective=dpo to learn the preference$"),
-    ("turns", PAIRS["axolotl"][0], r"contains pairs of answers: set training\.objective=dpo to learn the preference$"),
+    ("turns", ranked("a", "b"), r"contains pairs of answers: set training\.objective=dpo to learn the preference"),
+    ("turns", PAIRS["sharegpt"][0], r"contains pairs of answers: set training\.objective=dpo to learn the preference"),
+    ("turns", PAIRS["axolotl"][0], r"contains pairs of answers: set training\.objective=dpo to learn the preference"),
 ]  # fmt: skip
 
 
@@ -515,7 +515,6 @@ def test_checks_hold_for_both_answers(learns: Learns, path: Path, chat: ChatToke
     checks = {check.name: check for check in check_data(build(path, chat, records, learns), chat, "assistant")}
     assert all(check.passed for check in checks.values())
     assert checks["stop"].found.startswith("10 of 10 turns end with a stop token")
-    assert checks["prompt"].found.startswith("10 of 10 prompts are the same")
 
 
 ANYTHING = [
