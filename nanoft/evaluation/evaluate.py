@@ -139,7 +139,7 @@ def likelihoods(
     None: half of the context.
     """
     device, samples = model.device, TokenDataset.of(samples)
-    nats, tokens = np.zeros((len(samples), 2)), np.zeros((len(samples), 2), np.int64)
+    nats, counted = np.zeros((len(samples), 2)), [sample.is_target[1:] for sample in samples]
     pieces = [(number, *w) for number, size in enumerate(samples.lengths) for w in windows(int(size), context, stride)]
     pieces.sort(key=lambda piece: piece[3] - piece[1])
     found: dict[int, list[float]] = {}  # piece -> nats of its targets, and of its other tokens
@@ -156,13 +156,11 @@ def likelihoods(
             ends = np.cumsum([end - first for _, _, first, end in group])  # of each window's counted tokens
             for place, own in enumerate(np.split(nll, ends[:-1]), start=at):
                 number, _, first, end = pieces[place]
-                is_target = samples[number].is_target[first:end]
+                is_target = counted[number][first - 1 : end - 1]
                 found[place] = [own[is_target].sum().item(), own[~is_target].sum().item()]
     for place, sums in distributed.all_gather_dict(found).items():
-        number, _, first, end = pieces[place]
-        is_target = samples[number].is_target[first:end]
-        nats[number] += sums
-        tokens[number] += is_target.sum(), (~is_target).sum()
+        nats[pieces[place][0]] += sums
+    tokens = np.array([(own.sum(), (~own).sum()) for own in counted], np.int64).reshape(-1, 2)
     return Likelihoods(nats, tokens, np.array([_text_bytes(chat, sample) for sample in samples], np.int64))
 
 
