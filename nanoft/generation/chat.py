@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+import numpy as np
+from torch import Tensor
 
 from nanoft import UserError
 from nanoft.blocks.trained import Adapter
@@ -26,7 +27,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.generation.generate import Answer, stream
 from nanoft.generation.generate import generate as generate_all
 from nanoft.generation.pipe import LineReader, answer_limit, answer_lines
-from nanoft.generation.sampling import GREEDY, NotFinite, Sampling
+from nanoft.generation.sampling import GREEDY, NotFinite, Sampling, completion_noise
 from nanoft.io.untrusted import read_json
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import disabled, linears_of
@@ -71,17 +72,19 @@ def run(args: argparse.Namespace) -> int:
     policy = "cached" if has_room else "auto"  # a dequantized base is several times faster
     cache_weights(loaded.model, policy, loaded.model.head.dtype)
     chat = open_chat_tokenizer(args.source, loaded)
-    generator = torch.Generator()
-    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    chance = np.random.default_rng(args.seed)  # None: a new seed
+
+    def noise(answers: int, limit: int) -> Tensor:
+        return completion_noise(chance.integers(2**63, size=(answers, 1)).tolist(), limit)
 
     def generate(prompt: list[int], limit: int, sampling: Sampling) -> Iterator[int]:
-        for step in stream(loaded.model, [prompt], chat.stop_ids, limit, sampling, generator):
+        for step in stream(loaded.model, [prompt], chat.stop_ids, limit, sampling, noise(1, limit)):
             ((_, token, _),) = step
             if token not in chat.stop_ids:
                 yield token
 
     def answer_all(prompts: list[list[int]], limit: int) -> list[Answer]:
-        return generate_all(loaded.model, prompts, chat.stop_ids, limit, sampling, generator)
+        return generate_all(loaded.model, prompts, chat.stop_ids, limit, sampling, noise(len(prompts), limit))
 
     def base_all(prompts: list[list[int]], limit: int) -> list[Answer]:
         with disabled(loaded.adapters):
