@@ -28,6 +28,7 @@ from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
 from nanoft.data.formats import CONTROL, DETECT_FROM, MALFORMED, Conversation, Learns, Message, Rejected, read_file
 from nanoft.data.preferences import EQUAL, UNLABELED
+from nanoft.data.tokenizer_files import MAX_ID
 from nanoft.data.truncation import chunk, fit
 from nanoft.io.bars import Bar
 
@@ -68,6 +69,7 @@ class DatasetBuilder:
         # per sample
         self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
         self.labels = array("f")
+        self.is_used = np.zeros(MAX_ID, np.bool_)  # which token ids occur
 
     def build(self, parts: list[list[Path]]) -> None:
         self.files = [(number, file) for number, files in enumerate(parts) for file in files]
@@ -273,6 +275,7 @@ class DatasetBuilder:
                     self.truncated.append(len(self.record))
                 self.answers_cut += bool(sample.ids[sample.is_target][-1] != whole.ids[whole.is_target][-1])
                 self.tokens.write(encode_targets(sample).tobytes())
+                self.is_used[sample.ids] = True
                 self.starts.append(self.starts[-1] + len(sample.ids))
                 self.record.append(sample.record)
                 self.targets.append(count)
@@ -389,6 +392,7 @@ class DatasetBuilder:
             "validation": np.flatnonzero(is_validation[record]),
             "record_file": np.array(self.file, np.int32),
             "record_line": np.array(self.line, np.int64),
+            "used_ids": np.flatnonzero(self.is_used),
         }
         if not len(arrays["training"]):
             leaks = f" ({self.removed['leak']} of them are leaks)" if self.removed["leak"] else ""

@@ -58,6 +58,7 @@ class PreparedDataset:
     record_file: Array  # (records,) index into `files`
     record_line: Array  # (records,)
     truncated: Array  # which samples were truncated
+    used_ids: Array  # token ids that occur, ascending
     data: DataConfig  # how the files were read
     learns: Learns = "turns"
     from_cache: bool = False  # rather than built now
@@ -131,7 +132,7 @@ def build_datasets(
     kind = arrays["labels"], 2 if learns == "pairs" else 1
     training, validation = (TokenDataset(*shared, arrays[name], *kind) for name in ("training", "validation"))
     report = json.loads((entry / REPORT).read_text(encoding="utf-8"))
-    origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated")}
+    origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated", "used_ids")}
     return PreparedDataset(
         training, validation, report, entry, files, data=data, learns=learns,
         from_cache=from_cache, **origin,

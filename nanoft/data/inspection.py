@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from nanoft import UserError
-from nanoft.batches import Array, Batches, Sample, TokenDataset
+from nanoft.batches import Batches, Sample, TokenDataset
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.filters import is_preferred
@@ -29,7 +29,7 @@ def check_embeddings(corpus: PreparedDataset, vocab_size: int, positions: int, m
     longest = min(longest, max_seq_length)
     if 0 < positions < longest:
         raise UserError(f"model.max_seq_length: samples have up to {longest} tokens: set it to the base's {positions}")
-    largest = max((int(ids.max()) for ids in _training_ids(corpus)), default=0)
+    largest = int(corpus.used_ids[-1])
     if largest >= vocab_size:
         found = f"its vocabulary has {vocab_size:,} tokens, but its tokenizer gives the id {largest:,}"
         raise UserError(f"model.name: {found}: tokenizer.json belongs to another model: download the model again")
@@ -44,19 +44,6 @@ def utilization(batches: Batches) -> float:
             piece = window[at : at + batches.micro_batch_size]
             padded += -(-int(piece[-1]) // multiple) * multiple * len(piece)
     return int(lengths.sum()) / max(padded, 1)
-
-
-def unseen_tokens(corpus: PreparedDataset, wanted: Sequence[int]) -> list[int]:
-    """The wanted tokens that occur in no training sample."""
-    pieces = _training_ids(corpus) if wanted else ()
-    seen = set[int]().union(*(np.intersect1d(ids, wanted).tolist() for ids in pieces))
-    return [number for number in wanted if number not in seen]
-
-
-def _training_ids(corpus: PreparedDataset, at_once: int = 1 << 24) -> Iterator[Array]:
-    for at in range(0, len(corpus.training.tokens), at_once):
-        piece = corpus.training.tokens[at : at + at_once]
-        yield np.maximum(piece, ~piece)  # a target is stored as ~id
 
 
 def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
