@@ -442,17 +442,13 @@ class DatasetBuilder:
     def _describe_answers(self, samples: TokenDataset) -> dict[str, Any]:
         """The number of preferred answers, and the mean length of these and of the others, in tokens."""
         lengths, is_good = np.array(self.targets, np.int64)[samples.chosen], filters.is_preferred(samples)
-        mean = {
-            name: round(float(lengths[own].mean()), 1)
-            for name, own in (("chosen", is_good), ("rejected", ~is_good))
-            if own.any()
-        }
-        longer = float((lengths[::2] > lengths[1::2]).mean()) if samples.unit_size == 2 and len(samples) else None
-        return {
-            "pairs" if samples.unit_size == 2 else "desirable": int(is_good.sum()),
-            "answer_tokens": mean,
-            "chosen_longer": longer,
-        }
+        is_paired = samples.unit_size == 2
+        unit, good, bad = ("pairs", "chosen", "rejected") if is_paired else ("desirable", "desirable", "undesirable")
+        answers: dict[str, Any] = {unit: int(is_good.sum())}
+        for kind, own in ((good, is_good), (bad, ~is_good)):
+            answers[f"tokens per {kind} answer"] = round(float(lengths[own].mean()), 1) if own.any() else 0
+        longer = float((lengths[::2] > lengths[1::2]).mean()) if is_paired and len(samples) else 0.0
+        return {"answers": answers, "chosen_longer": longer}
 
 
 def _time(item: Conversation, name: str) -> float:

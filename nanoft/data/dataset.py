@@ -243,7 +243,7 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     if report["near_leaks"]:
         what = "training prompts are near duplicates of validation prompts: set data.near_leaks=remove to remove them"
         lines.append(f"warning: {report['near_leaks']:,} {what}")
-    pairs, bias = (report["training"].get(name) or 0 for name in ("pairs", "chosen_longer"))
+    pairs, bias = report["training"].get("answers", {}).get("pairs", 0), report["training"].get("chosen_longer", 0)
     if pairs and bias - 0.5 > max(LENGTH_BIAS, pairs**-0.5):  # which is two standard errors
         what = f"the chosen answer is longer in {bias:.0%} of the pairs, so training will also prefer length"
         lines.append(f"warning: {what}: preference.loss=ipo and training.objective=simpo average over tokens")
@@ -252,11 +252,8 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     sides = [report["training"], report["validation"]]
     for name in ("records", "samples", "tokens", "target_tokens"):
         rows.append([name.replace("_", " "), *(f"{side[name]:,}" for side in sides)])
-    if "answer_tokens" in sides[0]:
-        kinds = ("pairs", "chosen", "rejected") if "pairs" in sides[0] else ("desirable", "desirable", "undesirable")
-        rows.append([kinds[0], *(f"{side[kinds[0]]:,}" for side in sides)])
-        for kind, name in zip(kinds[1:], ("chosen", "rejected"), strict=True):
-            rows.append([f"tokens per {kind} answer", *(f"{side['answer_tokens'].get(name, 0):,}" for side in sides)])
+    for name in sides[0].get("answers", ()):
+        rows.append([name, *(f"{side['answers'][name]:,}" for side in sides)])
     if report.get("near_equal"):
         rows.append(["nearly equal pairs", f"{report['near_equal']:,}", ""])
     for p in PERCENTILES:

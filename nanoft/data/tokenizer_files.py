@@ -69,10 +69,7 @@ def read_settings(directory: Path) -> tuple[dict[str, str], dict[str, str], list
     """
     path = directory / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
-    try:
-        refuse_code(settings)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    refuse_code(settings, f"{path}: ")
     special: dict[str, str] = {}
     for key in SPECIAL_TOKENS:
         token = settings.get(key)

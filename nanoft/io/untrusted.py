@@ -98,12 +98,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def refuse_code(config: dict[str, Any]) -> None:
+def refuse_code(config: dict[str, Any], where: str = "") -> None:
     """Raise a UserError if a config.json or tokenizer_config.json refers to Python code of its model."""
     for name in ("auto_map", "trust_remote_code", "custom_pipelines"):
         if config.get(name):
             code = "this model brings Python code of its own, which nanoft never runs"
-            raise UserError(f"{name}: {config[name]!r:.100}: {code}: if the code is not needed, remove the field")
+            raise UserError(
+                f"{where}{name}: {config[name]!r:.100}: {code}: if the code is not needed, remove the field"
+            )
 
 
 def decode_text(content: bytes) -> str:

@@ -503,10 +503,10 @@ def test_a_length_bias_and_pairs_that_hardly_differ_are_reported(path: Path, cha
     record = {"prompt": "Q", "answers": [SENTENCE * 3 + "a", SENTENCE * 3 + "b"]}
     corpus = build(path, chat, [record, *({"prompt": f"Q{n}", "answers": ["yes", "not at all"]} for n in range(3))])
     assert corpus.report["near_equal"] == 1
-    assert corpus.report["training"]["pairs"] == 4
     lengths = [[int(s.is_target.sum()) for s in corpus.training][kind::2] for kind in (0, 1)]
-    means = {kind: round(sum(n) / 4, 1) for kind, n in zip(("chosen", "rejected"), lengths, strict=True)}
-    assert corpus.report["training"]["answer_tokens"] == means
+    kinds = zip(("chosen", "rejected"), lengths, strict=True)
+    means = {f"tokens per {kind} answer": round(sum(n) / 4, 1) for kind, n in kinds}
+    assert corpus.report["training"]["answers"] == {"pairs": 4, **means}
 
 
 @pytest.mark.parametrize("learns", ["pairs", "labels"])
