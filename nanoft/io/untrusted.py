@@ -102,10 +102,8 @@ def refuse_code(config: dict[str, Any], where: str = "") -> None:
     """Raise a UserError if a config.json or tokenizer_config.json refers to Python code of its model."""
     for name in ("auto_map", "trust_remote_code", "custom_pipelines"):
         if config.get(name):
-            code = "this model brings Python code of its own, which nanoft never runs"
-            raise UserError(
-                f"{where}{name}: {config[name]!r:.100}: {code}: if the code is not needed, remove the field"
-            )
+            what = "this model brings Python code of its own, which nanoft never runs: if not needed, remove the field"
+            raise UserError(f"{where}{name}: {config[name]!r:.100}: {what}")
 
 
 def decode_text(content: bytes) -> str:
