@@ -296,6 +296,13 @@ def test_malformed_rankings(path: Path, answers: Any) -> None:
     assert (bad.kind, bad.line, bad.reason[:6] in ("answer", "rank: ")) == ("malformed", 2, True)
 
 
+def test_pairs_are_compared_by_their_prompt_without_the_system_message(path: Path) -> None:
+    (found,) = read(path, [{"system": "S", "prompt": "Q", "chosen": "good", "rejected": "bad"}])
+    assert isinstance(found, Conversation)
+    assert (found.prompt(), found.prompt(system=False)) == ("S\nQ", "Q")
+    assert found.full_text(system=False) == "Q\ngood\nQ\nbad"
+
+
 @pytest.mark.parametrize("gap", [None, "x", float("nan"), [1]])
 def test_a_margin_is_a_number(path: Path, gap: Any) -> None:
     _, bad = read(path, [compared("g", "b") | {"gap": 1}, compared("g", "b") | {"gap": gap}], margin_field="gap")
