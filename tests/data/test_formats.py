@@ -816,6 +816,7 @@ def test_any_record_becomes_a_sound_conversation_or_a_reason(
     scratch: Path, drawn: tuple[str, list[Any]], auto: bool, reading: dict[str, Any]
 ) -> None:
     shape, records = drawn
+    records = [*records, {}]  # without an object on a line, the file is read as one JSON text
     try:
         _, good, bad = read(scratch, records, format="auto" if auto else shape, **reading)
     except UserError as error:
@@ -842,7 +843,7 @@ def test_the_drawn_records_are_not_all_bad(scratch: Path) -> None:
     @given(drawn=RECORDS)
     def count(drawn: tuple[str, list[Any]]) -> None:
         shape, records = drawn
-        counts[shape] += len(read(scratch, records, format=shape)[1])
+        counts[shape] += len(read(scratch, [*records, {}], format=shape)[1])
 
     count()
     assert min(counts.values()) >= 1, counts
