@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
             ReportInputs(
                 args.source, tuned, base, primary=next(iter(config.evaluation.metrics), "exact_match"),
                 limit=config.evaluation.max_new_tokens if loaded.adapters or is_run(args.source) else None,
-                groups=held_out.groups, places=held_out.places, leakage=held_out.leakage,
+                groups=held_out.groups, leakage=held_out.leakage,
                 provenance=provenance(config, data, args.source, args.data),
                 shown=config.evaluation.samples, seed=config.system.seed,
             )

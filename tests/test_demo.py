@@ -42,7 +42,7 @@ def test_the_demo_teaches_tool_calls_and_says_so(bits: int, tmp_path: Path) -> N
         assert re.search(line, done.stdout), line
     assert re.search(r"plan      204 steps \(3 epochs\) of 32 sequences, about \d", done.stdout)
     checks = re.findall(r"^preflight (\w+) +ok ", done.stdout, re.MULTILINE)
-    assert checks == ["stop", "bos", "targets", "prompt", "head", "batch", "eval", "disk"]
+    assert checks == ["stop", "bos", "targets", "head", "batch", "eval", "disk"]
     example = next(line for line in done.stdout.splitlines() if line.startswith("example"))
     assert re.search(r'\[INST\].*\[/INST\]⟦\{"name": ".*\}\}</s>⟧$', example)
     assert re.search(r"\| exact match +\| +\d+\.\d% +\| +\d+\.\d% +\|", done.stdout)

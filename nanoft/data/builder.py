@@ -28,6 +28,7 @@ from nanoft.data import filters
 from nanoft.data.chat_tokenizer import ChatTokenizer, Rendered, TemplateRefusal
 from nanoft.data.formats import CONTROL, DETECT_FROM, MALFORMED, Conversation, Learns, Message, Rejected, read_file
 from nanoft.data.preferences import EQUAL, UNLABELED
+from nanoft.data.tokenizer_files import MAX_ID
 from nanoft.data.truncation import chunk, fit
 from nanoft.io.bars import Bar
 
@@ -57,7 +58,6 @@ class DatasetBuilder:
         self.chunked_texts = self.chunks = self.shared_prompts = 0
         self.held_out = ""  # how many records, and by which criterion
         self.seen: set[int] = set()  # content hashes; the lowest bit is the side of the split
-        self.seen_systems: set[int] = set()
         self.in_flight: dict[int, tuple[Conversation, Iterator[Version]]] = {}  # rendered but not yet encoded
         self.unit: list[tuple[Sample, list[Message]]] = []  # the first answer of a pair, until the second is encoded
         self.near_equal = self.answers_cut = 0  # pairs with nearly equal answers; samples whose answer lost its end
@@ -69,6 +69,7 @@ class DatasetBuilder:
         # per sample
         self.starts, self.record, self.truncated, self.targets = array("q", [0]), array("l"), array("q"), array("l")
         self.labels = array("f")
+        self.is_used = np.zeros(MAX_ID, np.bool_)  # which token ids occur
 
     def build(self, parts: list[list[Path]]) -> None:
         self.files = [(number, file) for number, files in enumerate(parts) for file in files]
@@ -217,13 +218,9 @@ class DatasetBuilder:
             self._note(item, "a text looks like UTF-8 decoded with another encoding (Ã©, â€™), or has U+FFFD")
         if item.label and any(map(filters.repeats_itself, item.answers())):  # rejected answers may well repeat
             self._note(item, "an answer repeats one phrase over and over")
-        if self.signatures and item.messages and item.messages[0]["role"] == "system":
-            system = key(item.messages[0]["content"])
-            if system in self.seen_systems:  # signatures leave out a system message that an earlier record has
-                item = item.without_system()
-            self.seen_systems.add(system)
         for name, stream in self.signatures.items():
-            stream.write(filters.minhash(item.prompt() if name == PROMPT else item.full_text()).tobytes())
+            compared = item.prompt(system=False) if name == PROMPT else item.full_text(system=False)
+            stream.write(filters.minhash(compared).tobytes())
         return len(self.file) - 1
 
     def _add_sample(self, sample: Sample) -> None:
@@ -246,44 +243,44 @@ class DatasetBuilder:
 
     def _add_unit(self, samples: list[Sample], versions: list[list[Message]], conversation: Conversation) -> None:
         """Write the samples of a unit, truncated if necessary, or record why they are lost."""
-        data, longest = self.data, max(len(sample.ids) for sample in samples)
+        data, targets = self.data, [int(sample.is_target.sum()) for sample in samples]
         fitted: list[Sample] | None = None
-        targets = [int(sample.is_target.sum()) for sample in samples]
-        if all(targets):
+        if all(targets) and not _are_equal(samples):
             with contextlib.suppress(TemplateRefusal):  # the template needs what was removed
                 limits = self.tokenizer, self.max_length, data.truncation, data.train_on
                 fitted = fit(samples, versions, conversation, *limits)
-        if fitted and len(fitted) == 2 and np.array_equal(fitted[0].ids, fitted[1].ids):
-            fitted = None  # equal, or truncated before they differ
+        if fitted and _are_equal(fitted):
+            fitted = None  # truncated before they differ
         kept = [int(sample.is_target.sum()) for sample in fitted or []]
         self.target_tokens_lost += sum(targets) - sum(kept)
-        is_equal = len(samples) == 2 and np.array_equal(samples[0].ids, samples[1].ids)
         shortest = min((len(sample.ids) for sample in fitted or []), default=0)
-        if fitted and shortest >= data.min_tokens and min(kept) >= data.min_target_tokens:
+        if not all(targets):
+            lost = MALFORMED, "the sequence has no target tokens"
+        elif _are_equal(samples):
+            lost = EQUAL, "both answers have the same tokens"
+        elif not fitted:
+            reason = f"{max(len(sample.ids) for sample in samples)} tokens, more than"
+            lost = "too long", f"{reason} model.max_seq_length={self.max_length} (data.truncation={data.truncation})"
+        elif shortest < data.min_tokens:
+            lost = "too few tokens", f"{shortest} tokens, fewer than data.min_tokens={data.min_tokens}"
+        elif min(kept) < data.min_target_tokens:
+            what = f"fewer than data.min_target_tokens={data.min_target_tokens}"
+            lost = "too few target tokens", f"{min(kept)} target tokens, {what}"
+            if samples[0].record not in self.lost:
+                self._note(conversation, f"a sample has {what} and is skipped")
+        else:
             self.near_equal += len(fitted) == 2 and filters.overlap(*fitted) >= NEAR_EQUAL
             for sample, whole, count in zip(fitted, samples, kept, strict=True):
                 if len(sample.ids) < len(whole.ids):
                     self.truncated.append(len(self.record))
                 self.answers_cut += bool(sample.ids[sample.is_target][-1] != whole.ids[whole.is_target][-1])
                 self.tokens.write(encode_targets(sample).tobytes())
+                self.is_used[sample.ids] = True
                 self.starts.append(self.starts[-1] + len(sample.ids))
                 self.record.append(sample.record)
                 self.targets.append(count)
                 self.labels.append(sample.label)
             return
-        lost = MALFORMED, "the sequence has no target tokens"
-        if is_equal:
-            lost = EQUAL, "both answers have the same tokens"
-        elif fitted and shortest >= data.min_tokens:
-            what = f"fewer than data.min_target_tokens={data.min_target_tokens}"
-            lost = "too few target tokens", f"{min(kept)} target tokens, {what}"
-            if samples[0].record not in self.lost:
-                self._note(conversation, f"a sample has {what} and is skipped")
-        elif fitted:
-            lost = "too few tokens", f"{shortest} tokens, fewer than data.min_tokens={data.min_tokens}"
-        elif all(targets):
-            reason = f"{longest} tokens, more than model.max_seq_length={self.max_length}"
-            lost = "too long", f"{reason} (data.truncation={data.truncation})"
         self.samples_lost += len(samples)
         self.lost.setdefault(samples[0].record, lost)
 
@@ -395,6 +392,7 @@ class DatasetBuilder:
             "validation": np.flatnonzero(is_validation[record]),
             "record_file": np.array(self.file, np.int32),
             "record_line": np.array(self.line, np.int64),
+            "used_ids": np.flatnonzero(self.is_used),
         }
         if not len(arrays["training"]):
             leaks = f" ({self.removed['leak']} of them are leaks)" if self.removed["leak"] else ""
@@ -444,17 +442,13 @@ class DatasetBuilder:
     def _describe_answers(self, samples: TokenDataset) -> dict[str, Any]:
         """The number of preferred answers, and the mean length of these and of the others, in tokens."""
         lengths, is_good = np.array(self.targets, np.int64)[samples.chosen], filters.is_preferred(samples)
-        mean = {
-            name: round(float(lengths[own].mean()), 1)
-            for name, own in (("chosen", is_good), ("rejected", ~is_good))
-            if own.any()
-        }
-        longer = float((lengths[::2] > lengths[1::2]).mean()) if samples.unit_size == 2 and len(samples) else None
-        return {
-            "pairs" if samples.unit_size == 2 else "desirable": int(is_good.sum()),
-            "answer_tokens": mean,
-            "chosen_longer": longer,
-        }
+        is_paired = samples.unit_size == 2
+        unit, good, bad = ("pairs", "chosen", "rejected") if is_paired else ("desirable", "desirable", "undesirable")
+        answers: dict[str, Any] = {unit: int(is_good.sum())}
+        for kind, own in ((good, is_good), (bad, ~is_good)):
+            answers[f"tokens per {kind} answer"] = round(float(lengths[own].mean()), 1) if own.any() else 0
+        longer = float((lengths[::2] > lengths[1::2]).mean()) if is_paired and len(samples) else 0.0
+        return {"answers": answers, "chosen_longer": longer}
 
 
 def _time(item: Conversation, name: str) -> float:
@@ -468,3 +462,7 @@ def _time(item: Conversation, name: str) -> float:
     except (ValueError, OverflowError):
         what = f"{value!r:.40} is neither a number nor a date like 2024-02-29 (data.split_time)"
         raise UserError(f"{item.file}:{item.line}: {name}: {what}") from None
+
+
+def _are_equal(samples: list[Sample]) -> bool:
+    return len(samples) == 2 and np.array_equal(samples[0].ids, samples[1].ids)

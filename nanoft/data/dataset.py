@@ -58,6 +58,7 @@ class PreparedDataset:
     record_file: Array  # (records,) index into `files`
     record_line: Array  # (records,)
     truncated: Array  # which samples were truncated
+    used_ids: Array  # token ids that occur, ascending
     data: DataConfig  # how the files were read
     learns: Learns = "turns"
     from_cache: bool = False  # rather than built now
@@ -71,7 +72,7 @@ class PreparedDataset:
     def prompts(self, samples: TokenDataset) -> Iterator[str]:
         """The prompt of each record's last answer, without the system message."""
         for _, conversation in self._read(np.unique(samples.records).tolist()):
-            yield conversation.without_system().prompt()
+            yield conversation.prompt(system=False)
 
     def field_values(self, samples: TokenDataset, name: str) -> list[str]:
         """The value of a field in the record of each sample; `(none)` where it is missing."""
@@ -131,7 +132,7 @@ def build_datasets(
     kind = arrays["labels"], 2 if learns == "pairs" else 1
     training, validation = (TokenDataset(*shared, arrays[name], *kind) for name in ("training", "validation"))
     report = json.loads((entry / REPORT).read_text(encoding="utf-8"))
-    origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated")}
+    origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated", "used_ids")}
     return PreparedDataset(
         training, validation, report, entry, files, data=data, learns=learns,
         from_cache=from_cache, **origin,
@@ -214,9 +215,8 @@ def _is_intact(entry: Path) -> bool:
 def _prune(home: Path, newest: Path) -> None:
     """Delete the least recently used entries, and the leftovers of builds that were killed."""
     entries = sorted((p for p in home.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
-    complete = [path for path in entries if not path.name.startswith(".tmp-")]
     stale = [p for p in entries if p.name.startswith(".tmp-") and time.time() - p.stat().st_mtime > STALE_AFTER]
-    for path in [*complete[MAX_ENTRIES:], *stale]:
+    for path in [*entries[MAX_ENTRIES:], *stale]:
         if path != newest:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -238,7 +238,7 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     if report["near_leaks"]:
         what = "training prompts are near duplicates of validation prompts: set data.near_leaks=remove to remove them"
         lines.append(f"warning: {report['near_leaks']:,} {what}")
-    pairs, bias = (report["training"].get(name) or 0 for name in ("pairs", "chosen_longer"))
+    pairs, bias = report["training"].get("answers", {}).get("pairs", 0), report["training"].get("chosen_longer", 0)
     if pairs and bias - 0.5 > max(LENGTH_BIAS, pairs**-0.5):  # which is two standard errors
         what = f"the chosen answer is longer in {bias:.0%} of the pairs, so training will also prefer length"
         lines.append(f"warning: {what}: preference.loss=ipo and training.objective=simpo average over tokens")
@@ -247,11 +247,8 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     sides = [report["training"], report["validation"]]
     for name in ("records", "samples", "tokens", "target_tokens"):
         rows.append([name.replace("_", " "), *(f"{side[name]:,}" for side in sides)])
-    if "answer_tokens" in sides[0]:
-        kinds = ("pairs", "chosen", "rejected") if "pairs" in sides[0] else ("desirable", "desirable", "undesirable")
-        rows.append([kinds[0], *(f"{side[kinds[0]]:,}" for side in sides)])
-        for kind, name in zip(kinds[1:], ("chosen", "rejected"), strict=True):
-            rows.append([f"tokens per {kind} answer", *(f"{side['answer_tokens'].get(name, 0):,}" for side in sides)])
+    for name in sides[0].get("answers", ()):
+        rows.append([name, *(f"{side['answers'][name]:,}" for side in sides)])
     if report.get("near_equal"):
         rows.append(["nearly equal pairs", f"{report['near_equal']:,}", ""])
     for p in PERCENTILES:

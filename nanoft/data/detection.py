@@ -123,11 +123,10 @@ def other_objective(shape: Shape, example: dict[str, Any]) -> str:
     if shape.required not in (("chosen", "rejected"), ("answers",)):
         kto = [f", or training.objective=kto to learn from {name}" for name in LABELS if name in example]
         return f"it has no preferred answers ({', '.join(shape.required)}): set training.objective=sft{''.join(kto)}"
-    asked = {"prompt": "completion", "question": "answer", "instruction": "output"}
-    is_whole = isinstance(example.get("chosen"), list) and not isinstance(example.get("prompt"), list)
-    fields = ["messages"] * is_whole + [asked[name] for name in asked if {name, "chosen"} <= example.keys()]
-    fix = [f", or data.columns='{json.dumps({name: 'chosen'})}' for SFT on the chosen ones" for name in fields[:1]]
-    return f"contains pairs of answers: set training.objective=dpo to learn the preference{''.join(fix)}"
+    return (
+        "contains pairs of answers: set training.objective=dpo to learn the preference, or map the chosen ones with "
+        "data.columns (completion, answer, output or messages) for SFT"
+    )
 
 
 def require_one_reading(

@@ -15,6 +15,7 @@ the same records in any order of the file, and a larger share only adds records 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import re
@@ -30,23 +31,11 @@ from nanoft.data.formats import Conversation
 
 COMPONENTS = 128  # of a MinHash signature
 SHINGLE = 5  # words
+AT_ONCE = 50_000  # signatures compared
 RECALL = 0.95  # share of the pairs at the threshold that banding must find
 WORD = re.compile(r"\w+")
-# UTF-8 read as Latin-1 or Windows-1252: the first byte of a character became a letter, each later one a sign of LATER.
-# Alone, that is also how words end (AMANHÃ”, FÃ…): it counts within a word, and in a few forms that no text has.
-LATER = "[\x80-\xbf" + bytes({*range(0x80, 0xA0)} - {0x81, 0x8D, 0x8F, 0x90, 0x9D}).decode("cp1252") + "]"
-GARBLED = re.compile(
-    f"""[Â-ð]{LATER} (?: (?<= [a-z][Ã-Å].)                       # cafÃ©
-      | (?<= Ã.) (?<! [A-ZÀ-Þ]..) (?= [a-z])                     # Ã‰cole
-      | (?<= Â[¢£¥©®°]) | (?<= [a-z0-9.,;:)]Â[\xa0-\xbf])        # Â£5, 20Â°C
-      | (?<= â[€\x80]) | (?<= â[‚\x82]) ¬                        # donâ€™t, 5 â‚¬
-      | (?<= ð[Ÿ\x9f]) | (?<= ï») ¿                              # an emoji, a byte order mark
-      | (?<= á[º»]) {LATER} (?= [a-z])                           # Viá»‡t
-      | (?<= [Â-ß].) (?: [Â-ß]{LATER} ){{2}}                       # words in Cyrillic, Greek, Arabic, ...
-      | (?<= [à-ï].) {LATER} [à-ï]{LATER}{{2}} )                   # ... in Chinese, Hindi, ...
-    """,
-    re.VERBOSE,
-)
+# What Windows-1252 has in place of Latin-1's control characters, and these control characters: "€" -> "\x80", ...
+TO_LATIN_1 = {ord(bytes([byte]).decode("cp1252", "ignore") or chr(byte)): byte for byte in range(0x80, 0xA0)}
 REPEATS, LONGEST_PHRASE = 8, 200  # times in a row; characters
 WORD_BEGINS = re.compile(r"(?<!\w)[^\W\d_]")
 _random = np.random.default_rng(20)
@@ -63,8 +52,16 @@ def looks_truncated(conversation: Conversation) -> bool:
 
 
 def is_garbled(text: str) -> bool:
-    """Whether UTF-8 was decoded with another encoding somewhere (é became Ã©), or a character became U+FFFD."""
-    return not text.isascii() and ("\ufffd" in text or GARBLED.search(text) is not None)
+    """Whether UTF-8 was decoded as Latin-1 or Windows-1252 (é became Ã©), or a character became U+FFFD.
+
+    Undo it: the bytes of a line in that encoding are hardly ever valid UTF-8 by accident.
+    """
+    for line in text.split("\n") if not text.isascii() else ():
+        if not line.isascii():
+            with contextlib.suppress(UnicodeError):
+                line.translate(TO_LATIN_1).encode("latin-1").decode("utf-8")
+                return True
+    return "\ufffd" in text
 
 
 def repeats_itself(text: str) -> bool:
@@ -113,51 +110,39 @@ def bands(threshold: float) -> list[slice]:
 
 
 def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
-    """(n,) bool: which of the `kept` records resemble an earlier record that is not removed.
+    """(n,) bool: which of the `kept` records resemble an earlier one.
 
-    Two records resemble each other if they agree in a whole band and in `threshold` of all components. Within a group
-    that agrees in a band, each is compared only with its predecessor and with the first, so the cost is linear in the
-    group. signatures: (n, COMPONENTS) uint32; threshold: Jaccard similarity of the sets of 5-grams.
+    Two records resemble each other if they agree in a whole band and in `threshold` of all components. Of the records
+    that agree in a band, each is compared with the first only, so the cost is linear.
+    signatures: (n, COMPONENTS) uint32, may be memory-mapped; threshold: Jaccard similarity of the sets of 5-grams.
     """
-    records = np.flatnonzero(kept)
-    pairs: set[tuple[int, int]] = set()  # the earlier record first
-    for band in bands(threshold):
-        keys = _band_keys(signatures[records, band])
-        order = np.argsort(keys, kind="stable")
-        equal = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1  # places in `order` that equal the one before
-        first = place = -1
-        for at in equal.tolist():
-            before, here = records[order[at - 1 : at + 1]].tolist()
-            first = first if at == place + 1 else before
-            place = at
-            pairs |= {(before, here), (first, here)}
     removed = np.zeros(len(signatures), dtype=np.bool_)
-    for before, here in sorted(pairs, key=lambda pair: pair[::-1]):
-        if (signatures[before] == signatures[here]).mean() >= threshold:
-            removed[here] |= not removed[before]
+    for band in bands(threshold):
+        records = np.flatnonzero(kept & ~removed)
+        keys = _band_keys(signatures[records, band])
+        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        _mark_similar(removed, signatures, threshold, records, records[first[group]])
     return removed
 
 
-def near_matches(signatures: Array, threshold: float, kept: Array, others: Array, at_once: int = 50_000) -> Array:
-    """(n,) bool: which of the `kept` records resemble one of the `others` (the other side of the split).
-
-    Only the signatures of `others` are held in memory; the whole (n, COMPONENTS) array may be memory-mapped.
-    """
-    found = np.zeros(len(kept), dtype=np.bool_)
-    held = np.asarray(signatures[others])
-    if not len(held):
-        return found
-    orders = [(band, np.argsort(_band_keys(held[:, band]), kind="stable")) for band in bands(threshold)]
-    for start in range(0, len(kept), at_once):
-        records = start + np.flatnonzero(kept[start : start + at_once])
-        block = np.asarray(signatures[records])
-        for band, order in orders:
-            known, keys = _band_keys(held[:, band])[order], _band_keys(block[:, band])
-            place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-            equal = np.flatnonzero(known[place] == keys)
-            agree = (block[equal] == held[order[place[equal]]]).mean(axis=1)
-            found[records[equal[agree >= threshold]]] = True
+def near_matches(signatures: Array, threshold: float, kept: Array, others: Array) -> Array:
+    """(n,) bool: which of the `kept` records resemble one of the `others` (the other side of the split)."""
+    found, records, held = np.zeros(len(kept), dtype=np.bool_), np.flatnonzero(kept), np.flatnonzero(others)
+    for band in bands(threshold) if len(held) else ():
+        known, keys = _band_keys(signatures[held, band]), _band_keys(signatures[records, band])
+        order = np.argsort(known, kind="stable")
+        place = order[np.searchsorted(known, keys, sorter=order) % len(held)]
+        equal = known[place] == keys
+        _mark_similar(found, signatures, threshold, records[equal], held[place[equal]])
     return found
+
+
+def _mark_similar(found: Array, signatures: Array, threshold: float, records: Array, others: Array) -> None:
+    """Mark each record whose signature agrees with that of the other record beside it."""
+    pairs = np.stack([records, others], axis=1)[(records != others) & ~found[records]]
+    for start in range(0, len(pairs), AT_ONCE):
+        own, other = pairs[start : start + AT_ONCE].T
+        found[own] |= (signatures[own] == signatures[other]).mean(axis=1) >= threshold
 
 
 def count_leaks(
@@ -199,13 +184,10 @@ def hold_out(keys: Array, strata: Array, size: int) -> Array:
     home = np.full(len(unique), np.iinfo(np.int64).max)
     np.minimum.at(home, inverse, strata)
     chosen = np.zeros(len(unique), dtype=np.bool_)
-    # Integers that add up to `size`, as near as possible to each stratum's share (largest remainder method).
+    # Whole numbers that add up to `size`, each the share of its stratum but for rounding.
     members = {stratum: np.flatnonzero(home == stratum) for stratum in np.unique(home).tolist()}  # sorted by key
-    exact = {stratum: size * int(counts[own].sum()) / len(keys) for stratum, own in members.items()}
-    shares = {stratum: int(share) for stratum, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda stratum: (shares[stratum] - exact[stratum], stratum))
-    for stratum in by_remainder[: size - sum(shares.values())]:
-        shares[stratum] += 1
+    ends = np.rint(size * np.cumsum([counts[own].sum() for own in members.values()]) / len(keys)).astype(int)
+    shares = dict(zip(members, np.diff(ends, prepend=0).tolist(), strict=True))
     for stratum, left in shares.items():
         for group in members[stratum].tolist():
             if left and counts[group] <= left:

@@ -8,7 +8,6 @@ is detected from the first thousand records (`detection.py`). ROLES is the table
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -90,26 +89,24 @@ class Conversation:
         content = json.dumps([self.text, *self.versions, self.tools, self.label], sort_keys=True)
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
-    def full_text(self) -> str:
-        return self.text or "\n".join(m["content"] for messages in self.versions for m in messages)
+    def full_text(self, system: bool = True) -> str:
+        """All texts, with or without system messages, which whole data sets share."""
+        every = itertools.chain(*self.versions)
+        return self.text or "\n".join(m["content"] for m in every if system or m["role"] != "system")
 
     def characters(self) -> int:
-        return len(self.text or "") + sum(len(m["content"]) for messages in self.versions for m in messages)
+        return len(self.text or "") + sum(len(m["content"]) for m in itertools.chain(*self.versions))
 
     def answers(self) -> list[str]:
         """What the assistant says, or the plain text without its prompt."""
         said = [message["content"] for message in self.messages if message["role"] == "assistant"]
         return said if self.text is None else [self.text[self.prompt_characters :]]
 
-    def prompt(self) -> str:
+    def prompt(self, system: bool = True) -> str:
         """Everything before the last answer, or the plain text; conversations are compared by it."""
-        before = self.messages[: self.answer_at]
+        before = (m for m in self.messages[: self.answer_at] if system or m["role"] != "system")
         said = (m["content"] + (json.dumps(m["tool_calls"]) if "tool_calls" in m else "") for m in before)
         return (self.text or "")[: self.prompt_characters or None] or "\n".join(said)
-
-    def without_system(self) -> Conversation:
-        is_first = bool(self.messages) and self.messages[0]["role"] == "system"
-        return dataclasses.replace(self, messages=self.messages[is_first:])
 
 
 def turns_of(record: dict[str, Any], name: str, roles: Mapping[str, str]) -> list[Message] | str:

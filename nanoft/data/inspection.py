@@ -1,7 +1,7 @@
 """The data as the model sees it: checks of the tokens, a preview of samples, and the window of a step.
 
 Many fine-tuning runs fail because of their data: turns do not end with a token that stops generation, BOS appears
-twice, the prompt at inference differs from that in training. For each there is one check, one line, and one fix.
+twice, samples have no targets. For each there is one check, one line, and one fix.
 """
 
 from __future__ import annotations
@@ -9,20 +9,18 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from nanoft import UserError
-from nanoft.batches import Array, Batches, Sample, TokenDataset
+from nanoft.batches import Batches, Sample, TokenDataset
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
 from nanoft.data.filters import is_preferred
-from nanoft.data.formats import TRAINING_FIELDS
 from nanoft.runtime.command import Check
 
 SAMPLES_CHECKED = 2000  # evenly spread
-CONVERSATIONS_CHECKED = 32  # rendered again
 
 
 def check_embeddings(corpus: PreparedDataset, vocab_size: int, positions: int, max_seq_length: int) -> None:
@@ -31,7 +29,7 @@ def check_embeddings(corpus: PreparedDataset, vocab_size: int, positions: int, m
     longest = min(longest, max_seq_length)
     if 0 < positions < longest:
         raise UserError(f"model.max_seq_length: samples have up to {longest} tokens: set it to the base's {positions}")
-    largest = max((int(ids.max()) for ids in _training_ids(corpus)), default=0)
+    largest = int(corpus.used_ids[-1])
     if largest >= vocab_size:
         found = f"its vocabulary has {vocab_size:,} tokens, but its tokenizer gives the id {largest:,}"
         raise UserError(f"model.name: {found}: tokenizer.json belongs to another model: download the model again")
@@ -48,19 +46,6 @@ def utilization(batches: Batches) -> float:
     return int(lengths.sum()) / max(padded, 1)
 
 
-def unseen_tokens(corpus: PreparedDataset, wanted: Sequence[int]) -> list[int]:
-    """The wanted tokens that occur in no training sample."""
-    pieces = _training_ids(corpus) if wanted else ()
-    seen = set[int]().union(*(np.intersect1d(ids, wanted).tolist() for ids in pieces))
-    return [number for number in wanted if number not in seen]
-
-
-def _training_ids(corpus: PreparedDataset, at_once: int = 1 << 24) -> Iterator[Array]:
-    for at in range(0, len(corpus.training.tokens), at_once):
-        piece = corpus.training.tokens[at : at + at_once]
-        yield np.maximum(piece, ~piece)  # a target is stored as ~id
-
-
 def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> list[Check]:
     spread = np.linspace(0, len(corpus.training) - 1, min(SAMPLES_CHECKED, len(corpus.training))).astype(int)
     samples = [corpus.training[int(at)] for at in spread]
@@ -75,7 +60,6 @@ def check_data(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> l
         _check_stop(samples, corpus, chat, train_on),
         Check.of("bos", not doubled, begins, fix),
         Check.of("targets", not without, f"{share}; samples without any: {without}", "check data.truncation"),
-        _check_prompt(corpus, chat, train_on),
     ]
 
 
@@ -95,30 +79,6 @@ def _check_stop(samples: list[Sample], corpus: PreparedDataset, chat: ChatTokeni
     found = f"{len(last) - len(odd):,} of {len(last):,} turns end with a stop token ({stops}){shown}"
     fix = "the tuned model would not stop: add the template's end of turn to eos_token_id in generation_config.json"
     return Check.of("stop", len(odd) <= cut, found, fix)
-
-
-def _check_prompt(corpus: PreparedDataset, chat: ChatTokenizer, train_on: str) -> Check:
-    """Check that the prompt at inference equals what precedes the answer in training."""
-    extras = []  # what follows the prompt in training; None: nothing
-    read = corpus.conversations(corpus.training, CONVERSATIONS_CHECKED)
-    for conversation, version in ((item, version) for item in read for version in item.versions):
-        roles = [message["role"] for message in version]
-        answers = [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i]]
-        if not answers or train_on == "all":
-            continue
-        messages = version[: max(answers[0], conversation.answer_at) + 1]
-        plain = [{key: value for key, value in m.items() if key not in TRAINING_FIELDS} for m in messages]
-        plain[:-1] = [{**message, "weight": 0} for message in plain[:-1]]
-        given = conversation.tools, "assistant", conversation.template_args
-        (sample, *_) = chat.encode_now(chat.render_samples(plain, 0, *given))
-        before = sample.ids[: int(sample.is_target.argmax())].tolist()
-        prompt = chat.encode_prompt(plain[:-1], conversation.tools, conversation.template_args)
-        extras.append(chat.decode(before[len(prompt) :], keep_special=True) if before != prompt else None)
-    differing = [extra for extra in extras if extra is not None]
-    found = f"{len(extras) - len(differing)} of {len(extras)} prompts are the same in training and at inference"
-    found += f"; in training, {differing[-1]!r:.60} follows one" if differing and differing[-1] else ""
-    fix = "the chat template treats answered prompts differently: choose another with model.chat_template"
-    return Check.of("prompt", not differing, found, fix)
 
 
 def show_step(

@@ -9,6 +9,7 @@ that are whole conversations.
 from __future__ import annotations
 
 import re
+from operator import itemgetter
 from typing import Any
 
 from nanoft.data.detection import BAD, GOOD, LABELS, Shape
@@ -110,25 +111,23 @@ def _ranked(record: dict[str, Any]) -> list[list[Message]]:
     answers = as_json(record["answers"], "answers")
     if not isinstance(answers, list):
         raise BadRecord("answers: not a list")
-    if all(isinstance(answer, str) for answer in answers):
-        texts, places = answers, [float(place) for place in range(len(answers))]
-    else:
-        fields = [(_field(answer, TEXTS), _field(answer, PLACES)) for answer in answers]
-        if any(None in found for found in fields):
-            raise BadRecord(f"answers: each needs a text ({', '.join(TEXTS)}) and a rank or score")
-        texts = [answer[text] for answer, (text, _) in zip(answers, fields, strict=True)]
-        numbers = [number_of(answer, place) for answer, (_, place) in zip(answers, fields, strict=True)]
-        places = [n if place == "rank" else -n for n, (_, place) in zip(numbers, fields, strict=True)]
-    said = [text_of({"answers": text}, "answers") for text in texts]
-    order = sorted((at for at in range(len(said)) if said[at].strip()), key=lambda at: places[at])
-    worse = [at for at in order if places[at] > places[order[0]] and said[at] != said[order[0]]]
+    is_plain = all(isinstance(answer, str) for answer in answers)
+    given = list(enumerate(answers)) if is_plain else [_placed(answer) for answer in answers]
+    placed = [(place, text_of({"answers": text}, "answers")) for place, text in given]
+    placed = sorted((one for one in placed if one[1].strip()), key=itemgetter(0))
+    worse = [text for place, text in placed if place > placed[0][0] and text != placed[0][1]]
     if not worse:
         raise Skipped(UNRANKED)
-    return _versions(_prompt(record), [_turns(said[at], "assistant") for at in (order[0], *worse)])
+    return _versions(_prompt(record), [_turns(text, "assistant") for text in (placed[0][1], *worse)])
 
 
-def _field(answer: Any, names: tuple[str, ...]) -> Any:
-    return next((name for name in names if isinstance(answer, dict) and answer.get(name) is not None), None)
+def _placed(answer: Any) -> tuple[float, Any]:
+    """(place, text) of an answer with a rank, 1 is best, or with a score, higher is better."""
+    given = answer if isinstance(answer, dict) else {}
+    text, place = (next((name for name in names if given.get(name) is not None), "") for names in (TEXTS, PLACES))
+    if not text or not place:
+        raise BadRecord(f"answers: each needs a text ({', '.join(TEXTS)}) and a rank or score")
+    return number_of(given, place) * (1 if place == "rank" else -1), given[text]
 
 
 PAIR_SHAPES = {

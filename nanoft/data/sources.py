@@ -10,7 +10,6 @@ A directory, local or on the Hub, may contain several splits: `train_file` then 
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
 import glob
 import gzip
@@ -44,12 +43,7 @@ SHARD = re.compile(r"[-_.]?(?:(?:part|shard)[-_.]?)?\d+(?:[-_.]of[-_.]\d+)?(?:-[
 MAX_RECORD = 64 << 20  # bytes; a longer line means a file without line ends
 MAX_VALUES = 1 << 30  # bytes, uncompressed, of a JSON file that is not JSON Lines and so has to fit in memory
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
-# First bytes of a file -> what it is, and how to make it readable.
-ENCODINGS = {
-    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32", rb"([^\0]\0\0\0){2}": "UTF-32LE", rb"(\0\0\0[^\0]){2}": "UTF-32BE",
-    rb"\xff\xfe|\xfe\xff": "UTF-16", rb"([^\0]\0){2}": "UTF-16LE", rb"(\0[^\0]){2}": "UTF-16BE",
-}  # fmt: skip
-OTHER_KINDS = {
+OTHER_KINDS = {  # first bytes of a file -> what it is, and how to make it readable
     rb"version https://git-lfs": "is a git-lfs pointer, not the data: run git lfs pull in its repository",
     rb"\x1f\x8b": "is compressed by gzip: add .gz to its name",
     rb"BZh\d|\(\xb5/\xfd|\xfd7zXZ": "is compressed: unpack it with bzip2 -d, zstd -d or xz -d",
@@ -57,7 +51,8 @@ OTHER_KINDS = {
     rb"PAR1": "is Parquet: rename it to .parquet",
     rb"ARROW1|\xff\xff\xff\xff": "is Arrow: convert its directory with datasets: load_from_disk(...).to_json(...)",
     rb"(?i)\s*<(?:!doctype|html)": "is a web page: download the file itself (on the Hub: /resolve/, not /blob/)",
-} | {pattern: f"is {name}: convert it to UTF-8 (iconv -f {name} -t UTF-8)" for pattern, name in ENCODINGS.items()}
+    rb"\xff\xfe|(\0\0)?\xfe\xff|\0{0,3}([\t-~]\0+){2}": "is UTF-16 or UTF-32: convert it (iconv -f UTF-16, or UTF-32)",
+}
 NOT_UTF_8 = "is the file Latin-1? then convert it: iconv -f WINDOWS-1252 -t UTF-8"
 
 
@@ -233,62 +228,32 @@ def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator
 
 
 def _is_lines(stream: IO[bytes], path: Path) -> bool:
-    """Whether each line is a record: the first one is, and others follow or the file is not called .json."""
-    start, is_named_so = stream.tell(), _suffix(path) != ".json"
-    lines = (line for line in _lines(stream) if line.strip())
-    line = next(lines, b"")
-    if line.lstrip().startswith(b"["):  # an array of records, or a list of turns on each line
-        first = _parse_line(line) if is_named_so else None
-        return isinstance(first, list) and (any(lines) or not first or not all(isinstance(r, dict) for r in first))
-    if isinstance(_parse_line(line), dict):
-        return is_named_so or any(lines)
-    stream.seek(start)
-    text = stream.read(MAX_RECORD).decode("latin-1")
-    with contextlib.suppress(ValueError, RecursionError):  # a broken line, or the first line of an object?
-        value, end = DECODER.raw_decode(text, _next(text, 0))
-        return is_named_so and not (isinstance(value, dict) and text[_next(text, end) :][:1] in ("{", ",", ""))
-    return is_named_so
+    """Whether one of the first hundred lines is an object; in a file called .json, the first line of several."""
+    lines = (line for line in itertools.islice(_lines(stream), 100) if line.strip())
+    is_object = (line.startswith(b"{") and isinstance(_parse_line(line), dict) for line in lines)
+    return next(is_object, False) and any(lines) if _suffix(path) == ".json" else any(is_object)
 
 
 def _read_values(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Raw]]:
-    """The values of an array, of a text that concatenates them (commas are allowed), or of one object.
-
-    The text is scanned as Latin-1, one character per byte, which takes the least memory; each value is then decoded
-    as UTF-8.
-    """
-    pieces = itertools.islice(iter(lambda: stream.read(1 << 20), b""), (MAX_VALUES >> 20) + 1)
-    text = "".join(piece.decode("latin-1") for piece in pieces)
-    if len(text) > MAX_VALUES:
+    """The values of an array, of a text that concatenates them (commas are allowed), or of one object."""
+    pieces = iter(lambda: stream.read(1 << 20), b"")
+    content = b"".join(itertools.islice(pieces, (MAX_VALUES >> 20) + 1))
+    if len(content) > MAX_VALUES:
         raise UserError(f"{path}: longer than {MAX_VALUES >> 20} MiB, and not JSON Lines: convert it to JSON Lines")
-    start = _next(text, 0)
-    is_array, number, expects_more = text.startswith("[", start), 0, False
-    at = _next(text, start + is_array)
-    while expects_more or text[at : at + 1] != ("]" if is_array else ""):
-        number += 1
+    text = content.decode("utf-8", "surrogateescape")  # a byte that is not UTF-8 rejects its record
+    values: list[Any] = []
+    at = _next(text, 0)
+    while at < len(text):
         try:
-            value, end = DECODER.raw_decode(text, at)
-            if not text.isascii():
-                value = DECODER.decode(text[at:end].encode("latin-1").decode("utf-8", "surrogateescape"))
-        except RecursionError:
-            raise UserError(f"{path}: record {number}: nested too deeply") from None
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg}: character {error.pos - at + 1:,} of the record"
-            raise UserError(f"{path}: record {number}: not valid JSON: {reason}") from None
-        except ValueError as error:
-            raise UserError(f"{path}: record {number}: not valid JSON: {error}") from None
-        at = _next(text, end)
-        if number == 1 and not is_array and at == len(text):
-            yield from enumerate(_records_of(value, path), start=1)
-            return
-        yield number, value
-        found = text[at : at + 1]
-        if is_array and found not in (",", "]"):
-            what = f"found {found!r}" if found else "the file ends"
-            raise UserError(f"{path}: not valid JSON: expected ',' between records, {what}")
-        expects_more = is_array and found == ","
-        at = _next(text, at + (found == ","))
-    if is_array and _next(text, at + 1) < len(text):
-        raise UserError(f"{path}: not valid JSON: extra data after the array")
+            value, at = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: {_reason(error)}") from None
+        values.append(value)
+        at = _next(text, at)
+        at = _next(text, at + text.startswith(",", at))
+    if len(values) == 1:
+        values = values[0] if isinstance(values[0], list) else _records_of(values[0], path)
+    yield from enumerate(values, start=1)
 
 
 def _next(text: str, at: int) -> int:  # the next character that is not white space
@@ -297,9 +262,9 @@ def _next(text: str, at: int) -> int:  # the next character that is not white sp
 
 def _records_of(whole: Any, path: Path) -> list[Any]:
     """The records of the only array in {"version": ..., "data": [...]}; an object without one is itself a record."""
-    wanted = f"{path}: expected an array of records, or an object with one: found"
     if not isinstance(whole, dict):
-        raise UserError(f"{wanted} {type(whole).__name__}")
+        return [whole]
+    wanted = f"{path}: expected an array of records, or an object with one: found"
     arrays = {n: v for n, v in whole.items() if isinstance(v, list) and (not v or isinstance(v[0], dict))}
     by_columns = (isinstance(v, list) or (isinstance(v, dict) and all(map(str.isdigit, v))) for v in whole.values())
     if whole and not arrays and all(by_columns):
@@ -386,7 +351,9 @@ def decode_json(text: str) -> Any:
     """Parse a JSON text; raises BadRecord."""
     try:
         return DECODER.decode(text)
-    except RecursionError:
-        raise BadRecord("nested too deeply") from None
-    except ValueError as error:
-        raise BadRecord(f"not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"

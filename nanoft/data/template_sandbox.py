@@ -155,14 +155,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)  # keeps Jinja's attributes
         def checked(*args: Any, **kwargs: Any) -> Any:
+            if name in GROWING:
+                args = tuple(list(arg) if isinstance(arg, (Iterator, range)) else arg for arg in args)
             given = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, MACHINERY)]
             for arg in given:
                 if not isinstance(arg, str):
                     self._fits(_size(arg, self.limit), 1)
-            if name in GROWING and given and isinstance(given[0], (Iterator, range)):
-                values = list(given[0])
-                args = tuple(values if arg is given[0] else arg for arg in args)
-                given[0] = values
             if given:
                 self._check_call(name, given[0], given[1:])
             return self.track(function(*args, **kwargs))

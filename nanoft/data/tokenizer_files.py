@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import math
@@ -70,10 +69,7 @@ def read_settings(directory: Path) -> tuple[dict[str, str], dict[str, str], list
     """
     path = directory / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
-    try:
-        refuse_code(settings)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    refuse_code(settings, f"{path}: ")
     special: dict[str, str] = {}
     for key in SPECIAL_TOKENS:
         token = settings.get(key)
@@ -144,7 +140,4 @@ def _growth(part: dict[str, Any]) -> float:  # the factor by which a normalizer 
         return max(1, len(part["content"]) / taken if taken else 1 + len(part["content"]))
     if part["type"] == "Prepend":
         return 1 + len(part["prepend"])
-    if part["type"] == "Precompiled":  # 4 bytes: the size of a look-up table; the table; zero-terminated strings
-        chart = base64.b64decode(part["precompiled_charsmap"])
-        return max(map(len, chart[4 + int.from_bytes(chart[:4], "little") :].split(b"\0")))
     return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or []))

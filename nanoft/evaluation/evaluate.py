@@ -29,7 +29,7 @@ from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.filters import is_preferred
 from nanoft.data.formats import Conversation
 from nanoft.generation.generate import generate
-from nanoft.generation.sampling import GREEDY, Sampling
+from nanoft.generation.sampling import GREEDY, Sampling, completion_noise
 from nanoft.io.bars import track
 from nanoft.loss import token_nll
 from nanoft.metrics.answers import Metric, exact_match
@@ -139,7 +139,7 @@ def likelihoods(
     None: half of the context.
     """
     device, samples = model.device, TokenDataset.of(samples)
-    nats, tokens = np.zeros((len(samples), 2)), np.zeros((len(samples), 2), np.int64)
+    nats, counted = np.zeros((len(samples), 2)), [sample.is_target[1:] for sample in samples]
     pieces = [(number, *w) for number, size in enumerate(samples.lengths) for w in windows(int(size), context, stride)]
     pieces.sort(key=lambda piece: piece[3] - piece[1])
     found: dict[int, list[float]] = {}  # piece -> nats of its targets, and of its other tokens
@@ -156,13 +156,11 @@ def likelihoods(
             ends = np.cumsum([end - first for _, _, first, end in group])  # of each window's counted tokens
             for place, own in enumerate(np.split(nll, ends[:-1]), start=at):
                 number, _, first, end = pieces[place]
-                is_target = samples[number].is_target[first:end]
+                is_target = counted[number][first - 1 : end - 1]
                 found[place] = [own[is_target].sum().item(), own[~is_target].sum().item()]
     for place, sums in distributed.all_gather_dict(found).items():
-        number, _, first, end = pieces[place]
-        is_target = samples[number].is_target[first:end]
-        nats[number] += sums
-        tokens[number] += is_target.sum(), (~is_target).sum()
+        nats[pieces[place][0]] += sums
+    tokens = np.array([(own.sum(), (~own).sum()) for own in counted], np.int64).reshape(-1, 2)
     return Likelihoods(nats, tokens, np.array([_text_bytes(chat, sample) for sample in samples], np.int64))
 
 
@@ -211,14 +209,13 @@ def answer_all(
     sampling: Sampling = GREEDY, seed: int = 0,
 ) -> list[Completion]:  # fmt: skip
     """Answers to every prompt, in batches; the longest prompts first, so that memory runs out at once or never."""
-    generator = torch.Generator().manual_seed(seed)
     encoded = [chat.encode_prompt(prompt.messages, prompt.tools, prompt.template_args) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
-    longest_first = [encoded[i] for i in order]
     with evaluating(model), distributed.same_exception(model.device):
-        mine = list(distributed.split_work(range(len(order))))
-        answers = generate(model, longest_first, chat.stop_ids, max_new, sampling, generator, batch_size, mine)
-        found = {order[at]: (chat.decode(a.ids), a.stopped, len(a.ids)) for at in mine for a in [answers[at]]}
+        mine = [order[at] for at in distributed.split_work(range(len(order)))]
+        noise = completion_noise([(seed, i) for i in mine], max_new)
+        answers = generate(model, [encoded[i] for i in mine], chat.stop_ids, max_new, sampling, noise, batch_size)
+        found = {i: (chat.decode(a.ids), a.stopped, len(a.ids)) for i, a in zip(mine, answers, strict=True)}
     found = distributed.all_gather_dict(found)
     references = [chat.control.remove(prompt.reference) for prompt in prompts]
     return [Completion(prompt.text, references[i], *found[i]) for i, prompt in enumerate(prompts)]

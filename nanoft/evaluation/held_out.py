@@ -38,7 +38,6 @@ class HeldOut:
     prompts: list[Prompt]
     general: list[Sample] = field(default_factory=list)
     groups: dict[str, list[str]] = field(default_factory=dict)  # evaluation.by_field -> its value for each sample
-    places: list[str] = field(default_factory=list)  # file:line of each sample
     leakage: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,13 +93,11 @@ def read_held_out(
         raise UserError(f"{source}: this run has no validation data (data.validation_split=0): give --data FILE")
     prompts = held_out_prompts(corpus.conversations(corpus.untruncated(samples), e.prompts), e.prompts)
     samples = samples.units(slice(e.max_samples))
-    measured = preferred(samples)
     return HeldOut(
         samples,
         prompts,
         read_general(general, chat, e.max_samples, "--general") if general else read_general(e.general_file, chat),
-        {e.by_field: corpus.field_values(measured, e.by_field)} if e.by_field else {},
-        [corpus.location(record) for record in measured.records.tolist()],
+        {e.by_field: corpus.field_values(preferred(samples), e.by_field)} if e.by_field else {},
         _leakage_of_file(source, corpus, samples, chat) if file else leakage_of_run(corpus.report, data.near_leaks),
     )
 

@@ -25,7 +25,6 @@ from nanoft.perplexity import safe_exp
 
 STOP_RATE = 0.95  # a trained model below it probably learned not to stop
 FORGETTING = 0.05  # warn from this relative rise of the perplexity of a general text
-LONGER = 1.5  # warn if answers are this many times longer than the base's, and fewer of them stop
 WORST = 10  # answers listed
 OUTCOMES = ("wins", "losses", "ties")  # of tuned against base, per prompt
 
@@ -40,7 +39,6 @@ class ReportInputs:
     primary: str = "exact_match"  # the metric that decides which answer wins
     limit: int | None = None  # evaluation.max_new_tokens, to check the stop rate of a trained model
     groups: dict[str, list[str]] = field(default_factory=dict)  # a field -> its value for each sample
-    places: list[str] = field(default_factory=list)  # file:line of each sample
     leakage: dict[str, Any] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
     curves: str = ""  # Markdown
@@ -60,7 +58,7 @@ def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     values: dict[str, Any] = {
         "verdict": verdict(inputs, compared), "warnings": warnings(inputs, compared),
         "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
-        "by": breakdowns(inputs), "hardest": hardest(inputs), "answers": answers(inputs, outcome),
+        "by": breakdowns(inputs), "answers": answers(inputs, outcome),
         "leakage": inputs.leakage, "training": inputs.training, "cost": cost(inputs), "provenance": inputs.provenance,
     }  # fmt: skip
     counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
@@ -69,7 +67,7 @@ def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     lines = [f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])]
     head = "\n".join(wrap(line, 10) for line in lines)
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
-    by = {name: _breakdown(inputs, f"Perplexity by {_cell(name)}", name, part) for name, part in values["by"].items()}
+    by = {name: _breakdown(inputs, name, groups) for name, groups in values["by"].items()}
     terminal = f"\n{main}\n\n{head}\n{''.join(by[name] for name in inputs.groups if name in by)}\n{samples}".rstrip()
     evaluated = {**({"base": inputs.base.to_dict()} if inputs.base else {}), "tuned": inputs.tuned.to_dict()}
     evaluated |= {name: value for name, value in values.items() if value}
@@ -124,10 +122,6 @@ def warnings(inputs: ReportInputs, compared: dict[str, Comparison]) -> list[str]
             f"the model forgets: perplexity of the general text rises by {rise:.1%}: "
             "lower training.learning_rate or lora.rank, or mix in general data"
         )
-    c = compared.get("response_tokens")
-    if c and c.tuned.value > LONGER * c.base.value and compared["stop_rate"].change.value < 0:
-        change = f"from {c.base.value:.3g} to {c.tuned.value:.3g} tokens"
-        found.append(f"answers have grown {change}, and fewer of them stop")
     if inputs.leakage.get("exact") or inputs.leakage.get("near"):
         found.append(inputs.leakage["said"])
     return found + [f"{label(name)} is not finite" for name, f in figures.items() if not math.isfinite(f.value)]
@@ -213,7 +207,7 @@ def _group(inputs: ReportInputs, mask: Any) -> dict[str, Any]:
     return group
 
 
-def _breakdown(inputs: ReportInputs, title: str, heading: str, groups: Groups) -> str:
+def _breakdown(inputs: ReportInputs, heading: str, groups: Groups) -> str:
     """A breakdown as a section; empty without groups."""
     columns = ["base", "tuned"] if inputs.base else ["tuned"]
     rows = [
@@ -221,15 +215,8 @@ def _breakdown(inputs: ReportInputs, title: str, heading: str, groups: Groups) -
         + [f"{group[column]:.4g}" if column in group else "-" for column in columns]
         for name, group in groups.items()
     ]
-    return f"\n## {title}\n\n{markdown_table([_cell(heading), 'samples', 'tokens', *columns], rows)}\n" if rows else ""
-
-
-def hardest(inputs: ReportInputs) -> Groups:
-    """The samples with the highest perplexity under the tuned model, by place: their reference is often wrong."""
-    if "loss" not in inputs.tuned.figures or not inputs.places:
-        return {}
-    order = np.argsort(-np.nan_to_num(inputs.tuned.figures["loss"].each()), kind="stable")[:WORST]
-    return {inputs.places[at]: _group(inputs, np.arange(len(inputs.places)) == at) for at in order.tolist()}
+    table = markdown_table([_cell(heading), "samples", "tokens", *columns], rows)
+    return f"\n## Perplexity by {_cell(heading)}\n\n{table}\n" if rows else ""
 
 
 # ---- Answers
@@ -291,19 +278,11 @@ def side_by_side(base: EvalResult | None, tuned: EvalResult, which: Sequence[int
 
 def leakage_of_run(data: dict[str, Any], near: str) -> dict[str, Any]:
     """Prompts on both sides of the split of a run's data, from its report and data.near_leaks."""
-    removed, kept, shared = data["removed"].get("leak", 0), data["near_leaks"], data["shared_prompts"]
-    said = f"{shared:,} training records have" if shared else "no training record has"
-    said += " the prompt of a validation record"
-    if data["leaks"] == "ignore":
-        said = "equal prompts were not checked (data.leaks=ignore)"
-    said += f" ({removed:,} such training records were removed)" if removed else ""
-    if near == "ignore":
-        said += "; near duplicates were not checked (data.near_leaks=ignore)"
-    elif kept:
-        said += f"; {kept:,} training prompts nearly equal a validation prompt (data.near_leaks=remove removes them)"
-    else:
-        said += "; no near duplicates were found"
-    return {"exact": shared, "near": kept, "removed": removed, "said": said}
+    removed, near_kept, shared = data["removed"].get("leak", 0), data["near_leaks"], data["shared_prompts"]
+    exact = "not checked (data.leaks=ignore)" if data["leaks"] == "ignore" else f"{shared:,}"
+    nearly = "not checked (data.near_leaks=ignore)" if near == "ignore" else f"{near_kept:,}"
+    said = f"training records with the prompt of a validation record: {exact}; nearly: {nearly}; removed: {removed:,}"
+    return {"exact": shared, "near": near_kept, "removed": removed, "said": said}
 
 
 def cost(inputs: ReportInputs) -> dict[str, float]:
@@ -332,7 +311,7 @@ def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown
         rows = [[name, f"{value:,}"] for name, value in zip(names, inputs.training.values(), strict=True)]
         rows.append(["evaluation", format_duration(values["cost"]["evaluation_seconds"])])
         text += f"\n{markdown_table(['training', ''], rows)}\n"
-    text += breakdown + _breakdown(inputs, "Samples with the highest perplexity", "sample", values["hardest"])
+    text += breakdown
     answered = values["answers"]
     shown = {"Worst answers": answered.get("worst", ()), "Answers side by side": range(inputs.shown)}
     if "wins" in answered:

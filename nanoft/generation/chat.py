@@ -1,8 +1,7 @@
 """`python -m nanoft chat`: one answer, a conversation in the terminal, or one answer per line of a pipe (`pipe.py`).
 
 Each time, the messages are rendered with the template of training. Text is shown as its tokens arrive; a character
-whose bytes span several tokens is shown when it is complete. When a conversation outgrows the model's context, the
-oldest questions are dropped, with a note.
+whose bytes span several tokens is shown when it is complete.
 """
 
 from __future__ import annotations
@@ -17,16 +16,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+import numpy as np
+from torch import Tensor
 
 from nanoft import UserError
 from nanoft.blocks.trained import Adapter
+from nanoft.config import EvaluationConfig, SystemConfig
 from nanoft.config.fields import nearest
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message
 from nanoft.generation.generate import Answer, stream
 from nanoft.generation.generate import generate as generate_all
 from nanoft.generation.pipe import LineReader, answer_limit, answer_lines
-from nanoft.generation.sampling import GREEDY, NotFinite, Sampling
+from nanoft.generation.sampling import GREEDY, NotFinite, Sampling, completion_noise
 from nanoft.io.untrusted import read_json
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.lora import disabled, linears_of
@@ -71,17 +72,19 @@ def run(args: argparse.Namespace) -> int:
     policy = "cached" if has_room else "auto"  # a dequantized base is several times faster
     cache_weights(loaded.model, policy, loaded.model.head.dtype)
     chat = open_chat_tokenizer(args.source, loaded)
-    generator = torch.Generator()
-    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    chance = np.random.default_rng(args.seed)  # None: a new seed
+
+    def noise(answers: int, limit: int) -> Tensor:
+        return completion_noise(chance.integers(2**63, size=(answers, 1)).tolist(), limit)
 
     def generate(prompt: list[int], limit: int, sampling: Sampling) -> Iterator[int]:
-        for step in stream(loaded.model, [prompt], chat.stop_ids, limit, sampling, generator):
+        for step in stream(loaded.model, [prompt], chat.stop_ids, limit, sampling, noise(1, limit)):
             ((_, token, _),) = step
             if token not in chat.stop_ids:
                 yield token
 
     def answer_all(prompts: list[list[int]], limit: int) -> list[Answer]:
-        return generate_all(loaded.model, prompts, chat.stop_ids, limit, sampling, generator)
+        return generate_all(loaded.model, prompts, chat.stop_ids, limit, sampling, noise(len(prompts), limit))
 
     def base_all(prompts: list[list[int]], limit: int) -> list[Answer]:
         with disabled(loaded.adapters):
@@ -109,22 +112,18 @@ def title_of(source: str, loaded: LoadedModel) -> str:
 
 def read_sampling(args: argparse.Namespace) -> Sampling:
     """The command's sampling options; a UserError for one that is out of range or has no effect."""
-    ranges = {
-        "max_new_tokens": (args.max_new_tokens >= 1, ">= 1"),
-        "temperature": (0 <= args.temperature < math.inf, "a number >= 0"),
-        "top_k": (args.top_k >= 0, ">= 0, where 0 means all tokens"),
-        "top_p": (0 < args.top_p <= 1, "above 0 and at most 1"),
-        "min_p": (0 <= args.min_p <= 1, "between 0 and 1"),
-        "repetition_penalty": (0 < args.repetition_penalty < math.inf, "a number above 0"),
-        "seed": (args.seed is None or 0 <= args.seed < 2**63, "between 0 and 2^63 - 1"),
-    }
-    for name, (is_valid, wanted) in ranges.items():
-        if not is_valid:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is out of range: it must be {wanted}")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    chosen = {name: getattr(args, name) for name in names}
+    try:
+        EvaluationConfig(max_new_tokens=args.max_new_tokens, **chosen)
+        SystemConfig(seed=args.seed or 0)
+    except UserError as error:  # evaluation.top_p: ...
+        field, _, reason = str(error).partition(": ")
+        raise UserError(f"--{field.partition('.')[2].replace('_', '-')}: {reason}") from None
     for name in ("top_k", "top_p", "min_p"):
-        if args.temperature == 0 and getattr(args, name) != getattr(GREEDY, name):
+        if args.temperature == 0 and chosen[name] != getattr(GREEDY, name):
             raise UserError(f"--{name.replace('_', '-')}: no effect at temperature 0: add --temperature 0.7")
-    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    return Sampling(**chosen)
 
 
 def stream_text(chat: ChatTokenizer, ids: Iterable[int], so_far: list[int] | None = None) -> Iterator[str]:
@@ -159,34 +158,16 @@ class ChatSession:
     def ask(self, question: str) -> None:
         """Answer a question and add both to the conversation, which a UserError leaves unchanged."""
         check_text("stdin", question)
-        self.messages.append({"role": "user", "content": question})
-        try:
-            prompt, limit = self.fit()
-        except UserError:
-            self.messages.pop()
-            raise
-        answer = self.show_answer(self.generate, prompt, limit, "tuned: " if self.compare else "")
+        asked = [*self.messages, {"role": "user", "content": question}]
+        answer = self.answer(asked, self.generate, "tuned: " if self.compare else "")
         if self.compare:
-            self.show_answer(self.generate_base, prompt, limit, "base: ")
-        self.messages.append({"role": "assistant", "content": answer})
+            self.answer(asked, self.generate_base, "base: ")
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
 
-    def fit(self) -> tuple[list[int], int]:
-        """Prompt ids and the limit of the answer; drops the oldest questions if they do not fit."""
-        most, dropped = self.context - min(self.max_new_tokens, self.context // 4), 0  # tokens of the prompt
-        while len(prompt := self.chat.encode_prompt(self.messages)) > most:
-            questions = [n for n, message in enumerate(self.messages) if message["role"] == "user"]
-            if len(questions) == 1:
-                break
-            del self.messages[questions[0] : questions[1]]
-            dropped += 1
-        limit = answer_limit(prompt, self.context, self.max_new_tokens)
-        if dropped:
-            what = "question does" if dropped == 1 else f"{dropped} questions do"
-            note(f"the oldest {what} not fit into the context of {self.context} tokens: dropped")
-        return prompt, limit
-
-    def show_answer(self, generate: Generate, prompt: list[int], limit: int, name: str) -> str:
+    def answer(self, messages: list[Message], generate: Generate, name: str) -> str:
         """Show an answer as it is generated, and return it; in a terminal, Ctrl-C stops it."""
+        prompt = self.chat.encode_prompt(messages)
+        limit = answer_limit(prompt, self.context, self.max_new_tokens)
         ids, text = list[int](), ""
         self.show(name)
         try:
@@ -258,9 +239,7 @@ class ChatSession:
         elif len(self.messages) < 2:
             note("there is no question yet")
         else:
-            prompt = self.chat.encode_prompt(self.messages[:-1])
-            limit = answer_limit(prompt, self.context, self.max_new_tokens)
-            self.show_answer(self.generate_base, prompt, limit, "base: ")
+            self.answer(self.messages[:-1], self.generate_base, "base: ")
 
     def set_temperature(self, text: str) -> None:
         try:

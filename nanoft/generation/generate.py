@@ -41,20 +41,17 @@ class Answer:
 
 def generate(
     model: Decoder, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int,
-    sampling: Sampling = GREEDY, generator: torch.Generator | None = None, batch_size: int | None = None,
-    only: Sequence[int] | None = None, noise: Tensor | None = None,
+    sampling: Sampling = GREEDY, noise: Tensor | None = None, batch_size: int | None = None,
 ) -> list[Answer]:  # fmt: skip
     """Continue every prompt (none may be empty) until a stop id or `max_new_tokens`.
 
     Args:
-        generator: on the CPU; None: torch's default.
+        noise: random numbers, (prompts, max_new_tokens) float32 in [0, 1): see `completion_noise`. None: new ones.
         batch_size: answers that are generated together; None: all.
-        only: indices of the prompts to answer, with the random numbers that they have among all prompts. None: all.
-        noise: replaces `generator`, (prompts, max_new_tokens) float32 in [0, 1): see `completion_noise`.
     """
     stops, answers = set(stop_ids), [Answer([]) for _ in prompts]
-    steps = stream(model, prompts, stop_ids, max_new_tokens, sampling, generator, batch_size, only, noise)
-    with Bar(desc="answering", total=len(prompts if only is None else only), unit="answers") as bar:
+    steps = stream(model, prompts, stop_ids, max_new_tokens, sampling, noise, batch_size)
+    with Bar(desc="answering", total=len(prompts), unit="answers") as bar:
         for prompt, token, logp in itertools.chain.from_iterable(steps):
             if sampling.log_probs:
                 answers[prompt].logps.append(logp)
@@ -69,8 +66,7 @@ def generate(
 @torch.inference_mode()
 def stream(
     model: Decoder, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int,
-    sampling: Sampling = GREEDY, generator: torch.Generator | None = None, batch_size: int | None = None,
-    only: Sequence[int] | None = None, noise: Tensor | None = None,
+    sampling: Sampling = GREEDY, noise: Tensor | None = None, batch_size: int | None = None,
 ) -> Iterator[list[tuple[int, int, float]]]:  # fmt: skip
     """Yield for each step (index of the prompt, new token, its log-probability: NaN without `sampling.log_probs`).
 
@@ -78,10 +74,9 @@ def stream(
     """
     most = model.config.positions or max(map(len, prompts), default=0) + max_new_tokens
     budget = [min(max_new_tokens, most + 1 - len(prompt)) for prompt in prompts]  # tokens that an answer may still get
-    stops, chosen = set(stop_ids), range(len(prompts)) if only is None else only
-    waiting = [prompt for prompt in chosen if budget[prompt] > 0]
+    stops, waiting = set(stop_ids), [prompt for prompt in range(len(prompts)) if budget[prompt] > 0]
     batch_size = batch_size or len(waiting)
-    sampler = Sampler(sampling, prompts, model.config.vocab_size, max_new_tokens, model.device, generator, noise)
+    sampler = Sampler(sampling, prompts, model.config.vocab_size, max_new_tokens, model.device, noise)
     decoding = Decoding(model)
     batch: list[int] = []  # the prompt of each sequence in the batch; -1: its answer is finished
     hidden: list[Tensor] = []  # last hidden states, (some of batch, hidden) each

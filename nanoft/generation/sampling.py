@@ -94,17 +94,13 @@ class Sampler:
 
     def __init__(
         self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab: int, steps: int, device: torch.device,
-        generator: torch.Generator | None, noise: Tensor | None = None,
+        noise: Tensor | None = None,
     ):  # fmt: skip
-        """`prompts`: of all answers; `steps`: most tokens of an answer; `generator`: on the CPU, for portable seeds.
-
-        `noise`: replaces `generator`, float32 in [0, 1), (prompts, steps).
-        """
+        """`prompts`: of all answers; `steps`: most tokens of an answer; `noise`: (prompts, steps); None: new."""
         self.sampling, self.prompts, self.device = sampling, prompts, device
         self.noise: Tensor | None = None  # (prompts, steps)
         if sampling.temperature > 0:
-            drawn = torch.rand(len(prompts), steps, generator=generator) * BELOW_ONE if noise is None else noise
-            self.noise = drawn.to(device)
+            self.noise = (torch.rand(len(prompts), steps) * BELOW_ONE if noise is None else noise).to(device)
         self.batch = torch.zeros(0, dtype=torch.long, device=device)  # (batch,): the prompt of each sequence
         self.lengths = torch.zeros_like(self.batch)  # (batch,): tokens of its answer so far
         self.seen: Tensor | None = None  # (batch, vocab)

@@ -132,12 +132,12 @@ def read_json_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
-def refuse_code(config: dict[str, Any]) -> None:
+def refuse_code(config: dict[str, Any], where: str = "") -> None:
     """Raise a UserError if a config.json or tokenizer_config.json refers to Python code of its model."""
     for name in ("auto_map", "trust_remote_code", "custom_pipelines"):
         if config.get(name):
-            code = "this model brings Python code of its own, which nanoft never runs"
-            raise UserError(f"{name}: {config[name]!r:.100}: {code}: if the code is not needed, remove the field")
+            what = "this model brings Python code of its own, which nanoft never runs: if not needed, remove the field"
+            raise UserError(f"{where}{name}: {config[name]!r:.100}: {what}")
 
 
 def decode_text(content: bytes) -> str:
@@ -190,22 +190,34 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("a value does not match its tag") from None
 
 
+class Alarm(BaseException):
+    """The time limit; not an Exception, so that code that catches exceptions cannot swallow it."""
+
+
+def can_interrupt() -> bool:
+    return hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Interrupt the block, even a regular expression, with a UserError; in the main thread only."""
+    """Interrupt the block, even a regular expression, with a UserError, where that is possible; 0: no limit."""
 
-    def too_late(_number: int, _frame: FrameType | None) -> None:
-        raise UserError(f"{what}: takes longer than {seconds:g} seconds: simplify it")
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Alarm
 
-    if threading.current_thread() is not threading.main_thread():
+    if not seconds or not can_interrupt():
         yield
         return
-    previous = signal.signal(signal.SIGALRM, too_late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGALRM, stop)
     try:
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except Alarm:
+        raise UserError(f"{what}: takes longer than {seconds:g} seconds: simplify it") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
 
 

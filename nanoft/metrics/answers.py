@@ -126,24 +126,25 @@ def final_number(text: str) -> Decimal | None:
 
 
 def json_valid(answer: str, _: str) -> float:
-    return float(_parse(answer) is not None)
+    return float(_normal_json(answer) is not None)
 
 
 def json_equal(answer: str, reference: str) -> float:
     """Whether both are the same JSON value: 1 equals 1.0 but not true; the order of keys does not matter."""
-    found = _parse(answer)
-    return float(found is not None and found == _parse(reference))
+    found = _normal_json(answer)
+    return float(found is not None and found == _normal_json(reference))
 
 
-def _parse(text: str) -> tuple[Any] | None:
-    """The value of a JSON text, in a tuple; None if it is not JSON. Numbers are kept apart from true and false."""
+def _normal_json(text: str) -> str | None:
+    """JSON with sorted keys and without needless fractions (1.0 is 1); None if the text is not JSON."""
 
-    def number(digits: str) -> tuple[str, Decimal]:
-        return "number", Decimal(digits)
+    def number(digits: str) -> float:
+        value = float(digits)
+        return int(value) if value.is_integer() else value
 
     try:  # NaN is Python's, not JSON's: int("NaN") raises
-        return (json.loads(text, parse_int=number, parse_float=number, parse_constant=int),)
-    except (ValueError, ArithmeticError, RecursionError):
+        return json.dumps(json.loads(text, parse_float=number, parse_constant=int), sort_keys=True)
+    except (ValueError, RecursionError):
         return None
 
 

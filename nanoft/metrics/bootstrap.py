@@ -12,7 +12,8 @@ and its contribution to the sums, (n, k). Below about thirty samples, the interv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,7 +71,7 @@ class Comparison:
 
 
 def interval(figure: Figure, seed: int = 0) -> Interval:
-    return _interval(figure.value, [figure.of_sums(counts @ figure.parts) for counts in _resamples(seed, figure)])
+    return _interval(figure.value, _resampled(seed, figure)[0])
 
 
 def compare(base: Figure, tuned: Figure, seed: int = 0) -> Comparison:
@@ -79,36 +80,32 @@ def compare(base: Figure, tuned: Figure, seed: int = 0) -> Comparison:
     The p-value is twice the share of resamples on which the change is zero or has the opposite sign; one is added to
     the counts, so that it is never 0 (Davison & Hinkley 1997, section 4.2).
     """
-    pairs = [[f.of_sums(counts @ f.parts) for f in (base, tuned)] for counts in _resamples(seed, base, tuned)]
-    before, after = [old for old, _ in pairs], [new for _, new in pairs]
-    changes = [new - old for old, new in pairs]
+    before, after = _resampled(seed, base, tuned)
+    changes, p = after - before, math.nan
     change = _interval(tuned.value - base.value, changes)
-    p = float("nan")
-    if np.isfinite(change.low):
-        every = np.concatenate(changes)
-        p = min(1.0, 2 * (1 + min((every <= 0).sum(), (every >= 0).sum())) / (1 + RESAMPLES))
+    if math.isfinite(change.low):
+        p = min(1.0, 2 * (1 + min((changes <= 0).sum(), (changes >= 0).sum())) / (1 + RESAMPLES))
     return Comparison(_interval(base.value, before), _interval(tuned.value, after), change, p)
 
 
-def _interval(value: float, resampled: list[Array]) -> Interval:
-    every = np.concatenate(resampled) if resampled else np.empty(0)
-    every = every[~np.isnan(every)]  # a resample in which nothing was counted
-    if not len(every) or not np.isfinite(every).all():
-        return Interval(value, float("nan"), float("nan"))
-    low, high = np.quantile(every, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _interval(value: float, resampled: Array) -> Interval:
+    counted = resampled[~np.isnan(resampled)]  # in some resamples, there may be nothing to count
+    if not len(counted) or not np.isfinite(counted).all():
+        return Interval(value, math.nan, math.nan)
+    low, high = np.quantile(counted, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high))
 
 
-def _resamples(seed: int, *figures: Figure) -> Iterator[Array]:
-    """Blocks (m, n) of the count of each sample in n draws with replacement; RESAMPLES rows in all.
-
-    None for a single sample, or if the parts are not finite.
-    """
-    n = len(figures[0].parts)
+def _resampled(seed: int, *figures: Figure) -> list[Array]:
+    """Each figure on the same resamples, (RESAMPLES,); NaN for a single sample, or if the parts are not finite."""
+    n, rng = len(figures[0].parts), np.random.default_rng(seed)
+    block = max(1, AT_ONCE // max(n, 1))
     if n < 2 or not all(np.isfinite(figure.parts).all() for figure in figures):
-        return
-    rng, block = np.random.default_rng(seed), max(1, AT_ONCE // n)
+        return [np.full(RESAMPLES, math.nan) for _ in figures]
+    blocks: list[list[Array]] = []
     for start in range(0, RESAMPLES, block):
         size = min(block, RESAMPLES - start)
         chosen = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-        yield np.bincount(chosen.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+        counts = np.bincount(chosen.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+        blocks.append([figure.of_sums(counts @ figure.parts) for figure in figures])
+    return [np.concatenate(parts) for parts in zip(*blocks, strict=True)]

@@ -8,14 +8,10 @@ larger is better. A function that fails costs one warning and its answer, not th
 from __future__ import annotations
 
 import math
-import signal
-import threading
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,7 +21,7 @@ from nanoft.batches import Array
 from nanoft.config.functions import RUN, import_function, is_function
 from nanoft.config.settings import RLConfig
 from nanoft.data.formats import Conversation, Message
-from nanoft.io.untrusted import one_line
+from nanoft.io.untrusted import Alarm, can_interrupt, one_line, time_limit
 from nanoft.metrics.answers import METRICS, select_metrics
 from nanoft.runtime.memory import is_out_of_memory
 
@@ -106,11 +102,12 @@ class Rewards:
 
     def _call(self, name: str, function: Callable[[Answered], Any], answered: Answered) -> float:
         try:
-            value = call_within(self.timeout, lambda: float(function(answered)))
+            with time_limit(self.timeout, "rl.reward_timeout"):
+                value = float(function(answered))
             if math.isfinite(value):
                 return value
             reason = f"returned {value}"
-        except Exception as error:  # a mistake in the user's own function
+        except (Exception, Alarm) as error:  # a mistake in the user's own function
             if name in self.models and is_out_of_memory(error):
                 raise
             reason = f"{one_line(''.join(traceback.format_exception_only(error))):.200}"  # str(error) may fail too
@@ -131,35 +128,3 @@ def reward_function(name: str) -> Callable[[Answered], Any]:
     if metric.entry.of_sums:
         raise UserError(f"rl.reward: {name}: measures a whole set of answers, not a single one: choose another metric")
     return lambda a: metric.score(a.answer, a.reference, a.prompt.text)
-
-
-def can_interrupt() -> bool:
-    return hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
-
-
-class Alarm(BaseException):
-    """The time limit; not an Exception, so that a function that catches exceptions cannot swallow it."""
-
-
-def call_within(seconds: float, call: Callable[[], float]) -> float:
-    """Return call(); raise a TimeoutError after `seconds`, by SIGALRM. Without SIGALRM, or for 0: no limit."""
-    if not seconds or not can_interrupt():
-        return call()
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise Alarm
-
-    before, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
-    left, interval = signal.getitimer(signal.ITIMER_REAL)  # of a timer that is already running
-    try:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-            return call()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except Alarm:
-        raise TimeoutError(f"took longer than rl.reward_timeout={seconds:g} seconds") from None
-    finally:
-        signal.signal(signal.SIGALRM, before)
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-6), interval)

@@ -124,19 +124,18 @@ class Prompts:
         """The fields of this rank's rollouts, by their place among all; fewer if a signal arrives."""
         share = sorted(distributed.split_work(range(len(records))), key=lambda at: -len(encoded[at]))
         own = [at * count + number for at in share for number in range(count)]  # longest first
-        seeds = [[self.config.system.seed, *position, record, number] for record in records for number in range(count)]
-        noise = completion_noise(seeds, self.max_new_tokens)
-        prompts = [prompt for prompt in encoded for _ in range(count)]
+        seeds = [[self.config.system.seed, *position, records[at // count], at % count] for at in own]
+        prompts, noise = [encoded[at // count] for at in own], completion_noise(seeds, self.max_new_tokens)
         limits = self.chat.stop_ids, self.max_new_tokens, sampling
         ids: dict[int, list[int]] = {at: [] for at in own}
         logps: dict[int, list[float]] = {at: [] for at in own}
         with evaluating(model):
-            for step in stream(model, prompts, *limits, batch_size=self.at_once, only=own, noise=noise):
+            for step in stream(model, prompts, *limits, noise=noise, batch_size=self.at_once):
                 if stop and not distributed.is_sharded():
                     return {}
-                for at, token, logp in step:
-                    ids[at].append(token)
-                    logps[at].append(logp)
+                for place, token, logp in step:
+                    ids[own[place]].append(token)
+                    logps[own[place]].append(logp)
         stops = set(self.chat.stop_ids)
         texts = [self.chat.decode([token for token in ids[at] if token not in stops]) for at in own]
         worth = self._score([self.of_record[records[at // count]] for at in own], texts).tolist()

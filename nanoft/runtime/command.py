@@ -29,7 +29,7 @@ from nanoft.runtime import cores
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 Outcome = Literal["ok", "warn", "FAIL"]
 COLORS = {"ok": "32", "warn": "33", "FAIL": "31"}  # ANSI: green, yellow, red
-FORCEABLE = ("room", "stop", "bos", "targets", "prompt", "head", "disk")  # checks that --force may override
+FORCEABLE = ("room", "stop", "bos", "targets", "head", "disk")  # checks that --force may override
 
 
 class Arguments(argparse.ArgumentParser):

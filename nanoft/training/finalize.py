@@ -141,10 +141,10 @@ def measure(ctx: TrainContext, state: TrainState, model: Decoder) -> evaluate.Ev
 def report_inputs(
     ctx: TrainContext, base: evaluate.EvalResult | None, tuned: evaluate.EvalResult, training: dict[str, float]
 ) -> ReportInputs:
-    e, groups, measured = ctx.config.evaluation, {}, preferred(ctx.validation)
+    e, groups = ctx.config.evaluation, {}
     if e.by_field and len(ctx.validation):
         try:
-            groups = {e.by_field: ctx.corpus.field_values(measured, e.by_field)}
+            groups = {e.by_field: ctx.corpus.field_values(preferred(ctx.validation), e.by_field)}
         except UserError as reason:  # must not cost the report
             ctx.run.print(f"warning: {reason}")
     provenance: dict[str, Any] = {"base": ctx.config.model.name, "data": ctx.config.data.train_file}
@@ -152,6 +152,6 @@ def report_inputs(
     leakage = leakage_of_run(ctx.corpus.report, ctx.config.data.near_leaks) if len(ctx.validation) else {}
     return ReportInputs(
         ctx.run.directory.name, tuned, base, primary=next(iter(e.metrics), "exact_match"), groups=groups,
-        limit=ctx.config.answer_tokens, places=[ctx.corpus.location(record) for record in measured.records.tolist()],
-        leakage=leakage, training=training, provenance=provenance, shown=e.samples, seed=ctx.config.system.seed,
+        limit=ctx.config.answer_tokens, leakage=leakage, training=training, provenance=provenance, shown=e.samples,
+        seed=ctx.config.system.seed,
     )  # fmt: skip

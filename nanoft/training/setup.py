@@ -34,7 +34,7 @@ from nanoft.data.builder import REJECTED
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset, data_provenance, describe_data
 from nanoft.data.dataset import build_datasets as prepare_datasets
-from nanoft.data.inspection import unseen_tokens, utilization
+from nanoft.data.inspection import utilization
 from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.evaluation.held_out import read_general
 from nanoft.io import atomic
@@ -208,7 +208,7 @@ def build_datasets(config: Config, tokenizer: ChatTokenizer, run: Run) -> tuple[
         run.print(f"data      from the cache: {corpus.directory}")
     for line in describe_data(corpus.report):
         run.print(line)
-    for number in unseen_tokens(corpus, tokenizer.added_ids):
+    for number in sorted({*tokenizer.added_ids} - {*corpus.used_ids.tolist()}):
         why = f"{tokenizer.tokenizer.id_to_token(number)} occurs as a token in no training sample"
         run.print(f"warning: model.add_tokens: {why}: its row of the embedding is not trained")
     padding, seconds = 1 - utilization(batches), time.perf_counter() - started

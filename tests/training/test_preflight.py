@@ -215,7 +215,7 @@ def test_preflight_alone_trains_nothing_and_shows_samples(tmp_path: Path, capsys
     assert train.main([*arguments, "--preflight"]) == 0
     out = capsys.readouterr().out
     names = re.findall(r"^preflight (\w+) +ok ", out, re.MULTILINE)
-    assert names == ["stop", "bos", "targets", "prompt", "head", "batch", "eval", "disk"]
+    assert names == ["stop", "bos", "targets", "head", "batch", "eval", "disk"]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     shown = (tmp_path / "run" / "preview.txt").read_text()
     assert re.findall(r"^==== (\w+): ", shown, re.MULTILINE) == ["shortest", "longest", *["random"] * 3]
