@@ -25,13 +25,15 @@ from torch import Tensor, nn
 
 from nanoft import TrainingFailed, UserError
 from nanoft.batches import Batches, TokenDataset
-from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, apply, is_linear
+from nanoft.blocks.trained import Adapter, TrainedRows, apply, is_linear
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
-from nanoft.config import Config, LoRAConfig
-from nanoft.lora import by_pattern, disabled, make_lora, variant_of, weight_of
+from nanoft.config import Config
+from nanoft.lora import disabled, variant_of, weight_of
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
+from nanoft.models.adapter_files import adapter_tensors, save_adapter
+from nanoft.models.open import read_trained_adapter
 from nanoft.objectives import build_objective
+from nanoft.objectives.distill import OtherAdapter
 from nanoft.optim import build_scaler
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.device import seed_everything
@@ -306,25 +308,14 @@ def merged_error(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) -> f
         return relative_error(F.linear(model(ids), merged).float(), expected)
 
 
-def rebuild(name: str, adapter: Adapter, lora: LoRAConfig) -> Adapter:
-    """A fresh adapter of the same kind on the same base, with settings read from its files."""
-    if isinstance(adapter, TrainedRows):
-        return TrainedRows(adapter.base, adapter.ids.tolist())
-    if isinstance(adapter, TrainedCopy):
-        return TrainedCopy(adapter.base, ("bias",) if adapter.copy is None else ("weight", "bias"))
-    rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-    return make_lora(name, adapter.base, replace(lora, rank=rank, alpha=alpha), torch.Generator())
-
-
 def files_error(ctx: TrainContext, directory: Path) -> float:
     """Products of adapters read from saved files; infinite if saving these again changes a byte."""
-    first, second = directory / "first", directory / "second"
-    save_adapter(first, ctx.model, ctx.adapters, ctx.config.lora, ctx.config.model.name, {})
-    read, base, tensors, note = read_adapter(first)
-    lora = replace(read, dropout=ctx.config.lora.dropout)  # matters in training only
-    again = {name: rebuild(name, adapter, lora).eval() for name, adapter in ctx.adapters.items()}
-    load_adapter_tensors(again, tensors, str(first))
-    save_adapter(second, ctx.model, again, lora, base, note)
+    first, second, base = directory / "first", directory / "second", ctx.config.model.reference
+    save_adapter(first, ctx.model, ctx.adapters, ctx.config.lora, base, {})
+    read = read_trained_adapter(str(first))
+    again = OtherAdapter(read, ctx.model, ctx.adapters).others
+    lora = replace(read.lora, dropout=ctx.config.lora.dropout)  # matters in training only
+    save_adapter(second, ctx.model, again, lora, base, {})
     if any((second / path.name).read_bytes() != path.read_bytes() for path in first.iterdir()):
         return math.inf
     return max(relative_error(product(again[n], x), product(old, x)) for n, old, x in examples(ctx.adapters))
