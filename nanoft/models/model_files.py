@@ -22,15 +22,7 @@ from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
 from nanoft.models.expert_files import expert_headers
-from nanoft.models.families import (
-    FAMILIES,
-    decoder_config,
-    file_name,
-    main_rope,
-    module_name,
-    standard_fields,
-    text_fields,
-)
+from nanoft.models.families import FAMILIES, decoder_config, file_name, main_rope, module_name, standard_fields
 from nanoft.nf4 import CODES
 
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
@@ -94,7 +86,7 @@ class ModelFiles:
             instead = "its model/" if (directory / "model").is_dir() else f"its base, and lora.start_from={directory}"
             raise UserError(f"{directory}: a run, not a model: set model.name to {instead}")
         try:
-            shape, quantization = decoder_config(config), _quantization(text_fields(config))
+            shape, quantization = decoder_config(config), _quantization(standard_fields(config))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:

@@ -359,7 +359,7 @@ class Planner:
         return total
 
     def resolved(self, recorded: dict[str, Any] | None) -> Planner:
-        """With the values of model.base_device=auto and training.micro_batch_size=auto; see `resolve_...`."""
+        """The planner with what model.base_device=auto and training.micro_batch_size=auto stand for."""
         placed = replace(self, config=resolve_base_device(self))
         return replace(placed, config=resolve_micro_batch_size(placed, recorded))
 
