@@ -173,8 +173,9 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
         margin = f"margin {figures['rewards/margins']:.3f}" if "kl" not in figures else f"KL {figures['kl']:.3f}"
         more = f", accuracy {figures['rewards/accuracies']:.1%}, {margin}"
     ctx.run.print(f"step {state.step}: {what}{more}{best}")
-    try:
-        answers = sample_answers(ctx)
+    samples = ctx.config.evaluation.samples
+    try:  # always the same prompts, with random numbers of their own
+        answers = measure(ctx, ctx.model, [], ctx.prompts[:samples] if samples else []).completions
     except Exception as error:
         report_failure(ctx, state, "sampling answers", error)
         answers = []
@@ -187,12 +188,6 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
         warn_once(ctx, state, "length", f"answers to the samples have grown from {begun:.0f} to {length:.0f} tokens")
     state.held_out = {**figures, "sample_tokens": begun}
     return figures["loss"]
-
-
-def sample_answers(ctx: TrainContext) -> list[evaluate.Completion]:
-    """Answers to the first held-out prompts, always the same ones, with separate random numbers."""
-    samples = ctx.config.evaluation.samples
-    return measure(ctx, ctx.model, [], ctx.prompts[:samples] if samples else []).completions
 
 
 def measure(

@@ -19,6 +19,7 @@ from nanoft.config import Config
 from nanoft.objectives import OBJECTIVES
 from nanoft.objectives.preference import Preference
 from nanoft.objectives.sft import SFT
+from nanoft.training import progress
 from nanoft.training.progress import (
     is_due,
     log_save,
@@ -171,10 +172,14 @@ def test_before_training_a_sample_is_the_answer_of_the_base_in_the_report(tmp_pa
 
 
 def test_a_sample_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: runs.Patch) -> None:
-    def failing(*_: Any) -> Any:
-        raise RuntimeError("no answer")
+    real = progress.measure
 
-    monkeypatch.setattr("nanoft.training.progress.sample_answers", failing)
+    def failing(ctx: Any, model: Any, samples: Any, *more: Any) -> Any:
+        if not len(samples):  # answers only, unlike at the end
+            raise RuntimeError("no answer")
+        return real(ctx, model, samples, *more)
+
+    monkeypatch.setattr(progress, "measure", failing)
     assert train.main(runs.quick(tmp_path / "run")) == 0
     assert [event["what"] for event in runs.events(tmp_path / "run")] == ["sampling answers failed"] * 2
     assert [step for step, _ in runs.losses(tmp_path / "run", "eval")] == [4, 8]
