@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nanoft import UserError, checkpoint
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
-from nanoft.training.state import copy_matching
+from nanoft.models.adapter_files import copy_matching
 
 FILES = ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 OPERATIONS = ["open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir"]
@@ -187,18 +187,18 @@ def test_tensors_are_put_back_by_name_and_only_if_all_fit() -> None:
 
     saved = {"b": torch.ones(4, dtype=torch.bfloat16), "a": torch.full((2, 3), 2.0)}
     own = fresh()
-    copy_matching(own, saved, "here")
+    copy_matching(own, saved, "here", "fix it")
     assert all(torch.equal(own[name], saved[name]) for name in own)
     wrong = {
         "a: missing": {"b": saved["b"]},
         "c: ": {**saved, "c": torch.zeros(1)},
         r"a: \(3, 2\)": {**saved, "a": torch.zeros(3, 2)},
-        "b: .*float32, but this run needs .*bfloat16": {**saved, "b": torch.ones(4)},
+        "b: .*float32, but .*bfloat16 is needed: fix it": {**saved, "b": torch.ones(4)},
     }
     for message, tensors in wrong.items():
         own = fresh()
         with pytest.raises(UserError, match=f"here: {message}"):
-            copy_matching(own, tensors, "here")
+            copy_matching(own, tensors, "here", "fix it")
         assert not any(tensor.any() for tensor in own.values()), "nothing was changed"
 
 

@@ -36,7 +36,7 @@ from nanoft.training.self_test import (
     product,
     relative_error,
 )
-from nanoft.training.setup import describe_adapters
+from nanoft.training.setup import describe_parameters
 from tiny_models import delta, make_chat_model, make_reference, train_run, write_records
 
 TARGETS = torch.tensor([b * 24 + s for b in range(2) for s in range(23)])
@@ -395,20 +395,19 @@ def test_settings_that_do_not_fit_the_model_are_refused(settings: Any, message: 
         adapted(base, LoRAConfig(**settings))
 
 
-def test_the_table_of_what_is_trained(base: Path) -> None:
-    _, adapters = adapted(base, LoRAConfig(rank=8, target_modules=("q_proj", "mlp"), rank_pattern={"1.mlp.up_proj": 2}))
-    assert describe_adapters(adapters) == [
-        "q_proj     3 x (64 -> 64)   rank 8  3,072",
-        "gate_proj  3 x (64 -> 128)  rank 8  4,608",
-        "up_proj    2 x (64 -> 128)  rank 8  3,072",
-        "down_proj  3 x (128 -> 64)  rank 8  4,608",
-        "up_proj    1 x (64 -> 128)  rank 2  384",
-    ]
-    _, adapters = adapted(
-        base, LoRAConfig(rank=8, target_modules=("v_proj",), freeze_a=True, dora=True, bias="lora_only")
-    )
-    assert describe_adapters(adapters) == ["v_proj  3 x (64 -> 32)  rank 8  960"]  # 3 * (32 * 8 + 32 + 32)
-    assert describe_adapters({}) == []
+def test_the_table_of_what_is_frozen_and_trained(base: Path) -> None:
+    lora = LoRAConfig(rank=8, target_modules=("q_proj", "mlp"), rank_pattern={"1.mlp.up_proj": 2})
+    said = dict(line.split(": ", 1) for line in describe_parameters(adapted(base, lora)[0]))
+    assert said["q_proj"] == "3,072 trained in float32, rank 8; 12,480 frozen in float32"
+    up = "3,072 trained in float32, rank 8; 384 trained in float32, rank 2; 24,960 frozen in float32"
+    assert {*said["up_proj"].split("; ")} == {*up.split("; ")}
+    assert said["v_proj"] == "6,240 frozen in float32"
+    frozen_a = LoRAConfig(rank=8, target_modules=("v_proj",), freeze_a=True, dora=True, bias="lora_only")
+    model, _ = adapted(base, frozen_a)
+    said = dict(line.split(": ", 1) for line in describe_parameters(model))
+    assert "960 trained in float32, rank 8" in said["v_proj"]  # 3 * (32 * 8 + 32 + 32)
+    numbers = [int(part.split()[0].replace(",", "")) for text in said.values() for part in text.split("; ")]
+    assert sum(numbers) == sum(p.numel() for p in model.parameters())
 
 
 # --- every entry of the table

@@ -558,7 +558,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "infinite gguf": (["ADAPTER", "--format", "gguf-lora"], "lora_A.weight contains NaN or infinity"),
     "gone": (["ADAPTER"], "adapter_model.safetensors is missing"),
     "list": (["ADAPTER", "--format", "peft"], "adapter_config.json: expected a JSON object"),
-    "other": (["ADAPTER"], "is (4, 32), but this model and rank need (4, 64)"),
+    "other": (["ADAPTER"], "(32, 4) torch.float32, but (64, 4) torch.float32 is needed: is it the right base?"),
     "moved": (["ADAPTER"], "base_model_name_or_path: /no/such/base: no such directory"),
     "changed base": (["ADAPTER"], "its files are not those that"),
     "shard gone": (["ADAPTER"], "model-00002-of-00002.safetensors: one of 2 files, but missing"),

@@ -5,22 +5,20 @@ a default for a missing entry. The tensors are those of the Hugging Face files u
 llama.cpp (nanoft/export/gguf_graphs.py), such as that of Llama and Mistral, rotate neighbors (x0, x1), (x2, x3), ...
 where Hugging Face rotates (x0, x_{d/2}), (x1, x_{d/2 + 1}), ... So the rows of q and k, and their biases, are permuted.
 
-A Modelfile for Ollama and prompts with expected answers are written next to the file. Ollama does not read the chat
-template in a GGUF file but has its own template language (Go's). A template that only puts fixed texts around messages
-is translated; for any other, the Modelfile says that prompts must be sent raw.
+A Modelfile for Ollama and prompts with expected answers are written next to the file. Ollama does not run the chat
+template in a GGUF file: it looks common ones up among its own, and for any other prompts must be sent raw.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,7 @@ from torch import Tensor
 
 from nanoft import UserError
 from nanoft.batches import Sample
-from nanoft.data.chat_tokenizer import ChatTokenizer, Message, TemplateRefusal
+from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export import merge, verify
 from nanoft.export.gguf_graphs import GRAPHS, add_shape, architecture, rope_tensors, stacked_name, to_llama_cpp
 from nanoft.export.gguf_tokenizer import Vocabulary, read_vocabulary
@@ -423,7 +421,7 @@ def companions(path: Path, out: Path) -> list[Path]:
 
 
 def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> str:
-    """A Modelfile for Ollama: weights, stop strings, chat template; adapter_of: the base of an adapter file."""
+    """A Modelfile for Ollama: weights, stop strings; adapter_of: the base of an adapter file."""
     lines = ["# ollama create NAME -f THIS_FILE"]
     if adapter_of is None:
         lines.append(f"FROM ./{file}")
@@ -431,58 +429,6 @@ def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> 
         lines += [f"# The base as GGUF: {adapter_of}", "FROM ./base.gguf", f"ADAPTER ./{file}"]
     stops = [text for number in chat.stop_ids if (text := chat.tokenizer.id_to_token(number))]
     lines += [f'PARAMETER stop """{text}"""' if '"' in text else f'PARAMETER stop "{text}"' for text in stops]
-    if template := ollama_template(chat):
-        lines.append(f'TEMPLATE """{template}"""')
-    else:
-        lines.append("# Ollama cannot express this model's chat template. The GGUF file has it, for llama.cpp;")
-        lines.append('# send rendered prompts to Ollama, with "raw": true.')
+    lines.append("# Ollama looks the chat template of the file up among those that it knows. If its answers are not")
+    lines.append('# those in parity.json, send rendered prompts, with "raw": true.')
     return "\n".join(lines) + "\n"
-
-
-def ollama_template(chat: ChatTokenizer) -> str | None:
-    """The chat template as a Go template; None if it does more than put fixed texts around messages.
-
-    These are found by rendering short conversations and verified by rendering a longer one.
-    """
-    system, *turns = (
-        {"role": role, "content": f"{role.upper()}-{number}"}
-        for number, role in enumerate(["system", "user", "assistant", "user", "assistant", "user"])
-    )
-    try:
-        opening, asked = _gaps(chat, turns[:1])
-        said = _gaps(chat, turns[:2])[-1]
-        later = _gaps(chat, turns[:3])[2].removeprefix(said)
-        if _gaps(chat, turns) != [opening, asked, said + later, asked, said + later, asked]:
-            return None
-    except (TemplateRefusal, ValueError):
-        return None
-    bos = chat.special["bos_token"] if chat.wants_bos else ""  # Ollama adds it itself
-    opening = opening.removeprefix(bos)
-    branches = f"{{{{ if eq $i 0 }}}}{_go(opening)}{{{{ else }}}}{_go(later)}{{{{ end }}}}"
-    before = after = ""
-    with suppress(TemplateRefusal, ValueError):  # many templates have no system message
-        before, after, *rest = _gaps(chat, [system, *turns])
-        if rest != [asked, said + later, asked, said + later, asked]:
-            return None
-        second = '{{ else if and (eq $i 1) (eq (index $.Messages 0).Role "system") }}'
-        branches = branches.replace("{{ else }}", f"{second}{{{{ else }}}}")
-    return (
-        f'{{{{ range $i, $_ := .Messages }}}}{{{{ if eq .Role "system" }}}}{_go(before.removeprefix(bos))}'
-        f'{{{{ .Content }}}}{_go(after)}{{{{ else if eq .Role "user" }}}}{branches}{{{{ .Content }}}}{_go(asked)}'
-        f"{{{{ else }}}}{{{{ .Content }}}}{_go(said)}{{{{ end }}}}{{{{ end }}}}"
-    )
-
-
-def _gaps(chat: ChatTokenizer, messages: Sequence[Message]) -> list[str]:
-    """The texts around messages, the last with the generation prompt; a ValueError if a message is changed."""
-    rest, gaps = chat.render(messages, add_generation_prompt=messages[-1]["role"] == "user"), []
-    for message in messages:
-        before, found, rest = rest.partition(message["content"])
-        if not found:
-            raise ValueError
-        gaps.append(before)
-    return [*gaps, rest]
-
-
-def _go(text: str) -> str:
-    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

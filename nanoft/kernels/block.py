@@ -44,7 +44,7 @@ class FastBlock(Block):
         if mixer._forward_hooks or self.mlp._forward_hooks:
             return super().forward(x, context, target_positions)
         if supports_mixer(self):
-            projected = grouped_linear([getattr(mixer, name) for name in mixer.inputs], *normed(self.norm(0), x))
+            projected = grouped_linear([getattr(mixer, name) for name in mixer.inputs], *fused.normed(self.norm(0), x))
             mix, output = _attend if type(mixer) is SelfAttention else type(mixer).mix, OUTPUTS[type(mixer)]
             x, *mixed = (select(part, target_positions) for part in (x, *mix(mixer, projected, context)))
             gate = mixer.gate if len(mixed) > 1 else identity
@@ -55,7 +55,7 @@ class FastBlock(Block):
         x = x if self.parallel else y
         if not supports_mlp(self):
             return finish(self, self.add(y, self.norm(3)(self.mlp(self.norm(2)(x)))), context, target_positions)
-        y = self.add(y, self.norm(3)(grouped_mlp(self.mlp, *normed(self.norm(2), x))))
+        y = self.add(y, self.norm(3)(grouped_mlp(self.mlp, *fused.normed(self.norm(2), x))))
         return finish(self, y, context, target_positions)
 
 
@@ -93,11 +93,6 @@ def grouped_mlp(mlp: Any, prepare: Prepare, *inputs: Tensor) -> Tensor:
     """mlp(prepare(*inputs)); of what it computes, the projections alone are kept."""
     projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], prepare, *inputs)
     return grouped_linear((mlp.down_proj,), fused.activation(mlp, inputs[0]), *projected)[0]
-
-
-def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:
-    """norm(x) as a function, and its inputs that get a gradient."""
-    return (norm, x) if norm is identity else fused.normed(norm, x)
 
 
 def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor) -> list[Tensor]:

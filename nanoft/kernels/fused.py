@@ -45,8 +45,10 @@ def kernels(x: Tensor) -> Any:
     return None if torch.compiler.is_compiling() else _kernels.get(x.device.type)
 
 
-def normed(norm: RMSNorm, x: Tensor) -> tuple[Any, ...]:
+def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:
     """norm(x) as a function, and its inputs that get a gradient."""
+    if norm is identity:
+        return norm, x
     if kernels(x) and type(norm) is RMSNorm and not norm.weight.requires_grad:
         return partial(kernels(x).rms_norm, eps=norm.eps, offset=norm.offset), x, norm.weight
     return (norm.formula, x, *norm.parameters())

@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,25 +103,31 @@ def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
 
 @torch.no_grad()
 def load_adapter_tensors(adapters: dict[str, Adapter], tensors: dict[str, Tensor], source: str) -> None:
-    """Copy tensors with PEFT's names into the adapters; a UserError names those that do not fit."""
-    expected, tensors = adapter_tensors(adapters), dict(tensors)
+    """Copy tensors with PEFT's names into the adapters; a UserError names the first that does not fit."""
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     for name, adapter in adapters.items():  # PEFT may store the base's weight with an adapter of the embedding
         stored = tensors.pop(f"{PEFT_PREFIX}{name}.base_layer.weight", None)
         if stored is not None and not torch.equal(stored, weight_of(adapter.base).to(stored)):
             fix = "merge it with PEFT (merge_and_unload) and use the result as a model"
             raise UserError(f"{source}: {name}.base_layer.weight differs from the base: {fix}")
-    if wrong := sorted(expected.keys() ^ tensors.keys()):
-        what = f"first {wrong[0]} ({'missing' if wrong[0] in expected else 'unexpected'})"
-        raise UserError(f"{source}: {len(wrong)} tensors do not match this model, {what}: is it the right base?")
-    for name, own in expected.items():
-        if own.shape != tensors[name].shape:
-            have, want = tuple(tensors[name].shape), tuple(own.shape)
-            raise UserError(f"{source}: {name} is {have}, but this model and rank need {want}")
-        if not tensors[name].is_floating_point():
-            raise UserError(f"{source}: {name} is {tensors[name].dtype}, but weights must be floating-point")
-        own.copy_(tensors[name])
+    copy_matching(adapter_tensors(adapters), tensors, source, "is it the right base?")
     for adapter in adapters.values():
         adapter.train(adapter.training)  # drops cached norms
+
+
+@torch.no_grad()
+def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str, fix: str) -> None:
+    """Copy tensors into those of the same name; a UserError names the first whose name, shape or dtype differs."""
+
+    def describe(tensor: Tensor | None, absent: str) -> str:
+        return absent if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+
+    for name in sorted(own.keys() | saved.keys()):
+        have, want = describe(saved.get(name), "missing"), describe(own.get(name), "none")
+        if have != want:
+            raise UserError(f"{where}: {name}: {have}, but {want} is needed: {fix}")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
 
 
 def save_adapter(

@@ -22,30 +22,19 @@ from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
 from nanoft.models.expert_files import expert_headers
-from nanoft.models.families import (
-    FAMILIES,
-    decoder_config,
-    file_name,
-    main_rope,
-    module_name,
-    standard_fields,
-    text_fields,
-)
+from nanoft.models.families import FAMILIES, decoder_config, file_name, main_rope, module_name, standard_fields
 from nanoft.nf4 import CODES
 
-Block = tuple[int, int]  # rows and columns of a weight in FP8 that share a scale
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of plain weights
 HEAD, EMBEDDING, SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
 BNB = "bitsandbytes"  # quant_method in quantization_config; missing in old files of bitsandbytes
-DEQUANTIZED = ("fp8", "mxfp4")  # the same for weights that are dequantized while they are read
 # Variants of the decoder's names: with parts inserted by DDP, torch.compile, FSDP or activation checkpointing, with
 # outer modules, or without the decoder's own.
 OUTER = r"^(?:(?:base_model|model|language_model)\.)*"
 SPELLINGS = [
     (r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", ""),
     (OUTER + r"(?=lm_head\.)", ""),
-    (r"\.weight_scale$", ".weight_scale_inv"),
     (OUTER + r"(?=(?:layers\.\d+|embed_tokens\w*|embed_positions|norm|per_layer_\w+)\.)", "model."),
 ]
 # Of a wrapper besides text: never loaded.
@@ -97,7 +86,7 @@ class ModelFiles:
             instead = "its model/" if (directory / "model").is_dir() else f"its base, and lora.start_from={directory}"
             raise UserError(f"{directory}: a run, not a model: set model.name to {instead}")
         try:
-            shape, quantization = decoder_config(config), _quantization(text_fields(config))
+            shape, quantization = decoder_config(config), _quantization(standard_fields(config))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -333,11 +322,11 @@ def _quantization(config: dict[str, Any]) -> Quantization | None:
     """The form in which bitsandbytes packed the model; None if it did not."""
     q = config.get("quantization_config") or {}
     by_bnb = isinstance(q, dict) and ("load_in_4bit" in q or "load_in_8bit" in q or q.get("quant_method") == BNB)
-    if q and not by_bnb and (not isinstance(q, dict) or q.get("quant_method") not in DEQUANTIZED):
-        fix = "name the original model; if the weights are not quantized, remove the field"
-        raise UserError(f"quantization_config: only bitsandbytes, FP8 and MXFP4 are supported: {fix}")
+    if q and not by_bnb and (not isinstance(q, dict) or q.get("quant_method") != "mxfp4"):
+        fix = "name the original model (of one in FP8 its twin, with -BF16 or without -FP8 in its name)"
+        fix += "; if the weights are not quantized, remove the field"
+        raise UserError(f"quantization_config: only bitsandbytes and MXFP4 are supported: {fix}")
     if not by_bnb:
-        read_block(q)
         return None
     if q.get("load_in_8bit"):
         return "int8", False
@@ -345,14 +334,6 @@ def _quantization(config: dict[str, Any]) -> Quantization | None:
     if kind not in CODES:
         raise UserError(f"quantization_config: bnb_4bit_quant_type: {kind!r:.60} is neither nf4 nor fp4")
     return (kind, bool(q.get("bnb_4bit_use_double_quant"))) if q.get("load_in_4bit") else None
-
-
-def read_block(quantization: dict[str, Any]) -> Block:
-    """weight_block_size of a quantization_config."""
-    block = quantization.get("weight_block_size") or [128, 128]
-    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        raise UserError(f"quantization_config: weight_block_size: {block!r:.60} is not two sizes such as [128, 128]")
-    return block[0], block[1]
 
 
 def check_quantization(base: ModelFiles, wanted: Quantization | None) -> None:

@@ -32,13 +32,11 @@ from nanoft.models.model_files import (
     HEAD,
     PROCESSOR_FILES,
     TOKENIZER_FILES,
-    Block,
     ModelFiles,
     Quantization,
     check_quantization,
     is_block_linear,
     is_packed,
-    read_block,
 )
 from nanoft.nf4 import BLOCK, CODES, Linear4bit, Linear8bit, packed_bytes, quantize
 from nanoft.runtime import distributed
@@ -48,8 +46,6 @@ FLOATS = {"F64", *DTYPES}  # dtypes of plain weights, in safetensors' names
 Stored = dict[str, tuple[set[str], tuple[int, ...] | None]]  # tensor -> its possible dtypes, and its shape (None: any)
 ReadTensor = Callable[[str], Tensor | Iterable[Tensor]]  # by its name
 FORMAT = "weight_format"  # a number that bitsandbytes may store with 8-bit weights
-FP8_FORM, FP8_SCALE = "F8_E4M3", "_scale_inv"  # dtype; suffix of the scale's name, a factor in spite of "inv"
-FP8_UNUSED = ("activation_scale", "input_scale")  # scales for quantizing activations, which are not quantized here
 MAX_NOTE = 4096  # bytes of the JSON that bitsandbytes stores with a weight, which needs 200
 
 
@@ -60,7 +56,6 @@ class WeightFiles:
     headers: dict[str, TensorHeader]
     shapes: dict[str, tuple[int, ...]]  # of every weight, in the files' order
     stored: Quantization | None  # (nf4 | fp4 | int8, double) of those that are packed
-    block: Block = (128, 128)  # of weights in FP8
 
     def is_packed(self, name: str) -> bool:
         return bool(self.stored) and (is_block_linear(name) or name == HEAD) and is_packed(self.headers, name)
@@ -69,11 +64,7 @@ class WeightFiles:
         """A plain tensor or rows of it, as a view of its file; a UserError if a number is not finite."""
         header = self.headers[name]
         tensor = header.read(rows)
-        if header.form == FP8_FORM:
-            scale = self.headers[name + FP8_SCALE]
-            shared = shared_by(header.shape, scale.shape, self.block)
-            tensor = dequantize_fp8(tensor, scale.read(), shared, rows.start or 0)
-        elif header.form == MXFP4:
+        if header.form == MXFP4:
             tensor = dequantize_mxfp4(tensor, self.headers[name + MXFP4_SCALE].read(rows))
         if not is_finite(tensor):
             raise UserError(f"{header.path}: {header.name} contains NaN or infinity: download the model again")
@@ -105,8 +96,7 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
     headers = base.headers(paths)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     present = {name: shapes[name] for name in headers if name in shapes}
-    block = read_block(base.fields.get("quantization_config") or {})
-    files = WeightFiles(headers, present, base.quantization, block)
+    files = WeightFiles(headers, present, base.quantization)
     expected: Stored = {}
     for name, shape in shapes.items():
         if files.stored and files.is_packed(name):
@@ -114,10 +104,6 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
             expected |= {place + part: stored for part, stored in parts.items()}
             if (form := headers[name].form) in FLOATS:  # bnb_4bit_quant_storage
                 expected[name] = ({form}, (math.prod(shape) // 2 // DTYPES[form].itemsize, 1))
-        elif name in headers and headers[name].form == FP8_FORM and len(shape) == 2:
-            scales = name + FP8_SCALE
-            wanted = scale_shape(shape, headers[scales].shape, block) if scales in headers else None
-            expected |= {name: ({FP8_FORM}, shape), scales: (FLOATS, wanted)}
         elif name in headers and headers[name].form == MXFP4:
             expected |= {name: ({MXFP4}, shape), name + MXFP4_SCALE: ({"U8"}, (shape[0], shape[1] // GROUP))}
         else:
@@ -127,7 +113,7 @@ def open_weights(base: ModelFiles, model: Decoder, paths: list[Path] | None = No
     masks = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
     shared = [f"model.layers.{layer}.self_attn" for layer, own in enumerate(model.config.layers) if "source" in own]
     unused = [f"{place}.{part}.weight" for place in shared for part in ("k_proj", "v_proj", "k_norm")]
-    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *FP8_UNUSED, *unused)
+    ignored = (*masks, "rotary_emb.inv_freq", f".{FORMAT}", *unused)
     for name, header in headers.items():
         if name in expected:
             forms, wanted = expected[name]
@@ -290,32 +276,6 @@ def _read_offset(note: Tensor, shape: tuple[int, ...], quantization: Quantizatio
     if type(offset) not in (int, float) or not abs(offset) < torch.finfo(torch.float32).max:
         raise UserError(f"weight.quant_state: nested_offset: {offset!r:.60} is not a finite number")
     return float(offset)
-
-
-# ---- Weights in FP8 (E4M3, Micikevicius et al. 2022), dequantized while they are read
-# Eight bits hold a number from -448 to 448 with a mantissa of three bits. A scale restores the magnitude of the whole
-# matrix, of each row, or of each block of 128 x 128 (`weight_block_size`):
-# W[i, j] = codes[i, j] * scale[i // rows, j // columns]
-
-
-def shared_by(shape: tuple[int, ...], scale: tuple[int, ...], block: Block) -> Block:
-    """Rows and columns of an (out, in) weight that share a scale, by the shape of its scales."""
-    if math.prod(scale) == 1:
-        return shape[0], shape[1]
-    return (1, shape[1]) if scale == (shape[0], 1) else block
-
-
-def scale_shape(shape: tuple[int, ...], scale: tuple[int, ...], block: Block) -> tuple[int, ...]:
-    """The shape that the scales of a weight must have; blocks at the ends may be smaller."""
-    rows, columns = shared_by(shape, scale, block)
-    return scale if math.prod(scale) == 1 else (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns))
-
-
-def dequantize_fp8(codes: Tensor, scale: Tensor, shared: Block, first: int = 0) -> Tensor:
-    """Rows of a weight from `first` on, (rows, in), float32; `scale` is that of the whole weight."""
-    scale = scale.float().reshape(scale.shape if scale.dim() == 2 else (1, 1))
-    i, j = (first + torch.arange(codes.shape[0])) // shared[0], torch.arange(codes.shape[1]) // shared[1]
-    return codes.float() * scale[i][:, j]
 
 
 # ---- Dequantized once instead of at every use: memory for speed

@@ -42,7 +42,7 @@ from nanoft.models.open import TrainedAdapter, find_adapter, is_run, open_model,
 from nanoft.models.weights import load_model
 from nanoft.objectives.objective import Objective
 from nanoft.objectives.preference import add, means
-from nanoft.objectives.reference import compared_rows
+from nanoft.objectives.reference import compared_rows, kl_divergence
 from nanoft.objectives.rollouts import Prompts, check_answers_fit
 from nanoft.perplexity import evaluating
 from nanoft.runtime import distributed
@@ -61,11 +61,6 @@ def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     shares = torch.tensor([beta, 1 - beta], device=student.device, dtype=student.dtype).log()
     log_m = torch.logsumexp(torch.stack((log_t + shares[0], log_s + shares[1])), 0)
     return beta * kl_divergence(log_t, log_m) + (1 - beta) * kl_divergence(log_s, log_m)
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p | q) = sum of p (log p - log q), (n,)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 class Teacher:

@@ -57,12 +57,9 @@ def compared_rows(vocab: int, device: torch.device) -> int:
     return max(16, chunk_rows(vocab, device) // 8)
 
 
-def kl_of_logits(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p | q) = sum of p (log p - log q) of each row of two tensors of logits, (n,); computed in place."""
-    for logits in (p, q):
-        logits.sub_(logits.logsumexp(-1, keepdim=True))
-    difference = q.sub_(p)
-    return -p.exp_().mul_(difference).sum(-1)
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p | q) = sum of p (log p - log q) of each row, (n,)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 class Reference:
@@ -102,7 +99,7 @@ class Reference:
         rows = compared_rows(len(head), head.device)
         for now, before in zip(policy.split(rows), reference.split(rows), strict=True):
             pairs = ((now, head), (before, reference_head))
-            found.append(kl_of_logits(*(soft_cap((h @ w.T).float(), cap) for h, w in pairs)))
+            found.append(kl_divergence(*(soft_cap((h @ w.T).float(), cap).log_softmax(-1) for h, w in pairs)))
         return torch.cat(found)
 
     @contextmanager

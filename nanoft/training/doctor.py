@@ -49,7 +49,7 @@ from nanoft.runtime.device import (
 )
 from nanoft.runtime.memory import WATERMARK, memory_limit_bytes
 from nanoft.tracking.trackers import require_tracker_packages
-from nanoft.training.memory_plan import Planner, describe_recompute, resolve_micro_batch_size
+from nanoft.training.memory_plan import Planner
 from nanoft.training.preflight import check_room
 from nanoft.training.validation import validate_config
 
@@ -243,10 +243,10 @@ def _data(config: Config) -> str:
 
 def _room(config: Config) -> Check:
     """ok if the planned micro-batch fits, warn if only smaller ones do, FAIL if not even batch size 1 does."""
-    planner = Planner.of(config, Machine.detect(config), ModelFiles.find(config.model.reference).decoder)
-    rows, length = resolve_micro_batch_size(planner, None).micro_batch_rows(), config.model.max_seq_length
+    planner = Planner.of(config, Machine.detect(config), ModelFiles.find(config.model.reference).decoder).resolved(None)
+    rows, length = planner.config.micro_batch_rows() * planner.unit_size, config.model.max_seq_length
     plan, room = planner.choose_activations(rows, length), planner.machine.room_bytes
-    found = f"{plan.peak / 1e9:.2f} GB planned, {room / 1e9:.2f} GB available; {describe_recompute(plan)}"
+    found = f"{plan.peak / 1e9:.2f} GB planned, {room / 1e9:.2f} GB available; {plan.recomputed}"
     if plan.peak <= room:
         return Check("room", "ok", found)
     fix = "micro-batches will be halved; training.micro_batch_size=auto avoids that"

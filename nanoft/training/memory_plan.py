@@ -72,6 +72,11 @@ class Plan:
         """The sum of the parts, except that the loss and backward through a block never exist at the same time."""
         return sum(self.parts.values()) - min(self.parts["backward"], self.parts["loss"])
 
+    @property
+    def recomputed(self) -> str:
+        again = sum(one != "all" for one in self.keep)
+        return f"activations of {again} of {len(self.keep)} blocks recomputed" if again else "all activations kept"
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -355,6 +360,11 @@ class Planner:
             total += counts.linears * (bits / 8 if is_packed else e) + counts.scales * is_packed + counts.others * e
         return total
 
+    def resolved(self, recorded: dict[str, Any] | None) -> Planner:
+        """The planner with what model.base_device=auto and training.micro_batch_size=auto stand for."""
+        placed = replace(self, config=resolve_base_device(self))
+        return replace(placed, config=resolve_micro_batch_size(placed, recorded))
+
     def longest_shape(self, batches: Batches) -> tuple[int, int]:
         """Rows and tokens of the micro-batch that needs the most memory."""
         rows, length = batches.longest().ids.shape
@@ -438,12 +448,6 @@ def describe_streaming(planner: Planner) -> str:
     copies = 2 * max(0, planner.decoder.num_layers - 2) * planner.config.training.gradient_accumulation_steps
     copied = f"{copies * block_bytes(planner) / 1e9:,.1f} GB copied from there per step"
     return f"{host_bytes(planner) / 1e9:9.3f} GB of frozen blocks in host memory; {copied}"
-
-
-def describe_recompute(plan: Plan) -> str:
-    if again := sum(one != "all" for one in plan.keep):
-        return f"activations of {again} of {len(plan.keep)} blocks recomputed"
-    return "all activations kept"
 
 
 @contextlib.contextmanager

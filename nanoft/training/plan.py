@@ -26,16 +26,7 @@ from nanoft.models.weights import load_model
 from nanoft.objectives import OBJECTIVES
 from nanoft.optim import build_optimizer, check_optimizer
 from nanoft.runtime.device import Machine, set_threads
-from nanoft.training.memory_plan import (
-    Plan,
-    Planner,
-    describe_recompute,
-    describe_streaming,
-    gflop_per_token,
-    resolve_base_device,
-    resolve_micro_batch_size,
-    suggest_savings,
-)
+from nanoft.training.memory_plan import Plan, Planner, describe_streaming, gflop_per_token, suggest_savings
 from nanoft.training.setup import make_batches, plan_warnings
 
 ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
@@ -109,10 +100,8 @@ def show_plan(config: Config) -> int:
     check_optimizer(config.training.optimizer, machine.device)  # before anything is downloaded
     files = ModelFiles.find(config.model.reference)
     set_threads(config.system.threads)
-    planner = Planner.of(config, machine, files.decoder)
-    planner = replace(planner, config=resolve_base_device(planner))
-    config = resolve_micro_batch_size(planner, None)
-    planner, length, room = replace(planner, config=config), config.model.max_seq_length, machine.room_bytes
+    planner = Planner.of(config, machine, files.decoder).resolved(None)
+    config, length, room = planner.config, config.model.max_seq_length, machine.room_bytes
     unit = planner.unit_size  # sequences
     plan = planner.choose_activations(config.micro_batch_rows() * unit, length)
 
@@ -127,7 +116,7 @@ def show_plan(config: Config) -> int:
         say(name, f"{size / 1e9:9.3f} GB")
     if config.model.base_device == "host":
         say("host", describe_streaming(planner))
-    say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {describe_recompute(plan)}")
+    say("peak", f"{plan.peak / 1e9:9.3f} GB of {room / 1e9:.1f} available; {plan.recomputed}")
     try:
         batches = planned_batches(config, files)
         window = batches.rows(0)

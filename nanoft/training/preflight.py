@@ -29,7 +29,7 @@ from nanoft.runtime import distributed
 from nanoft.runtime.command import Check, require_passed
 from nanoft.runtime.device import preserve_rng_state
 from nanoft.runtime.memory import OutOfMemory, peak_memory_gb, release_memory
-from nanoft.training.memory_plan import Planner, describe_recompute, suggest_savings
+from nanoft.training.memory_plan import Planner, suggest_savings
 from nanoft.training.progress import in_smaller_batches
 from nanoft.training.recovery import halve_micro_batch
 from nanoft.training.state import TrainContext, TrainState, optimizer_tensors
@@ -52,7 +52,7 @@ def preflight(ctx: TrainContext, state: TrainState, forced: list[str]) -> float:
     distributed.broadcast_from_rank0(check_samples)
     seconds_per_token = rehearse_step(ctx, state)
     measured, predicted = peak_memory_gb(ctx.device), ctx.plan.peak / 1e9
-    ctx.run.print(f"memory    {describe_recompute(ctx.plan)}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
+    ctx.run.print(f"memory    {ctx.plan.recomputed}; predicted {predicted:.2f} GB, measured {measured:.2f} GB")
     if len(ctx.validation):
         rehearse_evaluation(ctx)
     if ctx.objective.learns == "pairs" and ctx.model.score is None and not state.step:

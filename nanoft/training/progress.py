@@ -83,8 +83,7 @@ def log_step(ctx: TrainContext, state: TrainState, bar: Any, loss: float, lr: fl
             values |= {"loss_scale": ctx.scaler.get_scale(), "overflow_steps": state.overflow_steps}
         figures = ctx.objective.figures()
         ctx.run.log("train", state.step, **state.meter.flush(), **values, **figures, epoch=state.epoch)
-        warn_of_ease(ctx, state, figures)
-        warn_of_answers(ctx, state, figures)
+        warn_of_training(ctx, state, figures)
     if ctx.device.type == "cpu" and distributed.world_size() == 1:  # other ranks are other processes, too
         warn_once(ctx, state, "speed", ctx.slowdown.check(state.meter.total_tokens, state.meter.total_seconds))
 
@@ -106,26 +105,14 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
         ctx.run.print(f"warning: after step {state.step} validation loss {trend}")
 
 
-def warn_of_ease(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
-    """Warn if, early in the run, every answer of a step is ranked correctly by a clear margin."""
+def warn_of_training(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
+    """Warn, by the figures of a step, of pairs that are too easy; of sampled answers that lose variety or keep
+    growing, or whose probabilities differ between sampling and training."""
+    state.begun = first = state.begun or now
     chosen, rejected = (now.get(name, 0.0) for name in REWARDS)
     if now.get("rewards/accuracies") == 1.0 and chosen - rejected > 1 and state.step <= EARLY * ctx.total_steps:
         what = "every answer is already ranked correctly: check whether good ones differ in length or by a marker"
         warn_once(ctx, state, "accuracy", f"{what} (train.py --show-batch), or lower training.learning_rate")
-
-
-def warn_of_falling(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
-    """Warn if chosen answers become clearly less likely than under the reference, together with rejected ones."""
-    has_reference = isinstance(ctx.objective, Preference) and ctx.objective.uses_reference
-    if has_reference and all(now.get(name, 0.0) < min(FALLEN, state.held_out.get(name, 0.0)) for name in REWARDS):
-        what = f"chosen answers become less likely, like rejected ones (rewards/chosen {now[REWARDS[0]]:.2f})"
-        fix = "lower training.learning_rate, raise preference.beta, or with dpo set preference.sft_weight"
-        warn_once(ctx, state, "falling", f"{what}: {fix}")
-
-
-def warn_of_answers(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
-    """Warn if sampled answers lose variety or keep growing, or if sampling and training disagree."""
-    state.begun = first = state.begun or now
     if "reward" not in now:
         return
     if now["entropy"] < COLLAPSED * first["entropy"]:
@@ -139,10 +126,17 @@ def warn_of_answers(ctx: TrainContext, state: TrainState, now: dict[str, float])
         warn_once(ctx, state, "sampling", f"{what}: check whether model.dtype=float32 removes the difference")
 
 
-def warn_of_memorizing(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
-    """Warn if, since the last evaluation, rewards have risen in training but fallen on held-out prompts."""
-    training, last = ctx.objective.figures().get("reward", 0.0), state.held_out
-    now["training_reward"] = training
+def warn_of_held_out(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:
+    """Warn, by the figures of an evaluation, of chosen answers that become clearly less likely than under the
+    reference, like rejected ones; and of rewards that have risen in training, but fallen on held-out prompts."""
+    last, has_reference = state.held_out, isinstance(ctx.objective, Preference) and ctx.objective.uses_reference
+    if has_reference and all(now.get(name, 0.0) < min(FALLEN, last.get(name, 0.0)) for name in REWARDS):
+        what = f"chosen answers become less likely, like rejected ones (rewards/chosen {now[REWARDS[0]]:.2f})"
+        fix = "lower training.learning_rate, raise preference.beta, or with dpo set preference.sft_weight"
+        warn_once(ctx, state, "falling", f"{what}: {fix}")
+    if "reward" not in now:
+        return
+    now["training_reward"] = training = ctx.objective.figures().get("reward", 0.0)
     if training - last.get("training_reward", math.inf) > GAINED and now["reward"] < last["reward"]:
         rise = f"rises in training ({last['training_reward']:.3f} -> {training:.3f})"
         fall = f"falls on held-out prompts ({last['reward']:.3f} -> {now['reward']:.3f})"
@@ -169,9 +163,7 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
         return None
     log_memory(ctx, state, "evaluated")
     ctx.run.log("eval", state.step, **figures)
-    warn_of_falling(ctx, state, figures)
-    if "reward" in figures:
-        warn_of_memorizing(ctx, state, figures)
+    warn_of_held_out(ctx, state, figures)
     best = " (best so far)" if state.step and figures["loss"] < state.best_loss else ""
     what = f"validation loss {figures['loss']:.4f}"
     more = f", perplexity {figures['perplexity']:.4g}" if "perplexity" in figures else ""
@@ -181,8 +173,9 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
         margin = f"margin {figures['rewards/margins']:.3f}" if "kl" not in figures else f"KL {figures['kl']:.3f}"
         more = f", accuracy {figures['rewards/accuracies']:.1%}, {margin}"
     ctx.run.print(f"step {state.step}: {what}{more}{best}")
-    try:
-        answers = sample_answers(ctx)
+    samples = ctx.config.evaluation.samples
+    try:  # always the same prompts, with random numbers of their own
+        answers = measure(ctx, ctx.model, [], ctx.prompts[:samples] if samples else []).completions
     except Exception as error:
         report_failure(ctx, state, "sampling answers", error)
         answers = []
@@ -195,12 +188,6 @@ def log_validation(ctx: TrainContext, state: TrainState) -> float | None:
         warn_once(ctx, state, "length", f"answers to the samples have grown from {begun:.0f} to {length:.0f} tokens")
     state.held_out = {**figures, "sample_tokens": begun}
     return figures["loss"]
-
-
-def sample_answers(ctx: TrainContext) -> list[evaluate.Completion]:
-    """Answers to the first held-out prompts, always the same ones, with separate random numbers."""
-    samples = ctx.config.evaluation.samples
-    return measure(ctx, ctx.model, [], ctx.prompts[:samples] if samples else []).completions
 
 
 def measure(

@@ -10,7 +10,6 @@ three checkpoints. `training.compile` is off here.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -25,16 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import TrainingFailed, UserError
-from nanoft.attention import soft_cap
-from nanoft.batches import Batches, TokenDataset, collate
-from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, apply, is_linear
+from nanoft.batches import Batches, TokenDataset
+from nanoft.blocks.trained import Adapter, TrainedRows, apply, is_linear
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointCorrupted, CheckpointManager, verify
-from nanoft.config import Config, LoRAConfig
-from nanoft.lora import by_pattern, disabled, make_lora, variant_of, weight_of
-from nanoft.loss import chunk_rows, token_nll
+from nanoft.config import Config
+from nanoft.lora import disabled, variant_of, weight_of
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors, read_adapter, save_adapter
+from nanoft.models.adapter_files import adapter_tensors, save_adapter
+from nanoft.models.open import read_trained_adapter
 from nanoft.objectives import build_objective
+from nanoft.objectives.distill import OtherAdapter
 from nanoft.optim import build_scaler
 from nanoft.runtime.command import StopRequest
 from nanoft.runtime.device import seed_everything
@@ -141,7 +140,6 @@ def equations(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> list[Eq
         Equation(splits, "gradient", near, lambda: batching_error(ctx, loop, cuts)),
         Equation("packed = alone", "gradient", near, lambda: batching_error(ctx, loop, [cuts[0], packed])),
         Equation("recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, longest)),
-        Equation("loss in chunks = at once", "loss, gradient", nearer, lambda: loss_error(ctx, documents[-1:])),
         Equation("merged = adapter", f"logits{onto}", near, inference(merged_error, model, adapters, ids), none),
         Equation("adapter saved = read", "files, products", from_files, inference(files_error, ctx, place), none),
         Equation(resumed, all_state, exact, lambda: resume_error(ctx, loop, place)),
@@ -266,28 +264,6 @@ def recompute_error(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> f
     return max(gradient_error(one, found[0]) for one in found[1:])
 
 
-def loss_error(ctx: TrainContext, documents: TokenDataset) -> float:
-    """The chunked loss and its gradients against the plain formula on all logits, over more rows than a chunk has."""
-    model, t = ctx.model.eval(), ctx.config.training
-    batch = collate(documents, [[0]], ctx.tokenizer.pad_id).to(ctx.device)
-    with torch.no_grad(), ctx.autocast():
-        hidden = model(batch.ids, target_positions=batch.target_positions)[0]  # (targets, hidden)
-    rows = torch.arange(chunk_rows(model.config.vocab_size, ctx.device) * 5 // 4 + 1, device=ctx.device)
-    size = torch.linspace(0.5, 1.5, len(rows), device=ctx.device)[:, None]  # makes all rows different
-    hidden = (hidden[rows % len(hidden)] * size).to(hidden.dtype).requires_grad_()
-    head = model.head.detach().requires_grad_(model.head.requires_grad)
-    wanted = [hidden, head] if head.requires_grad else [hidden]
-    targets = batch.targets[rows % len(batch.targets)]
-    cap = model.config.logit_cap
-    ours = token_nll(hidden, head, targets, t.label_smoothing, t.z_loss, cap).sum()
-    logits = soft_cap(hidden @ head.to(hidden.dtype).T, cap)  # (n, vocab)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    plain = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=t.label_smoothing)
-    plain = plain + t.z_loss * logits.logsumexp(-1).square().sum()
-    pairs = zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(plain, wanted), strict=True)
-    return max(relative_error(ours.detach(), plain.detach()), *itertools.starmap(relative_error, pairs))
-
-
 def merged_product(adapter: Adapter, x: Tensor) -> Tensor:
     """The output of the merged module: merged in float32, into the weight that the base uses."""
     stored, bias = weight_of(adapter.base), getattr(adapter.base, "bias", None)
@@ -332,25 +308,14 @@ def merged_error(model: Decoder, adapters: dict[str, Adapter], ids: Tensor) -> f
         return relative_error(F.linear(model(ids), merged).float(), expected)
 
 
-def rebuild(name: str, adapter: Adapter, lora: LoRAConfig) -> Adapter:
-    """A fresh adapter of the same kind on the same base, with settings read from its files."""
-    if isinstance(adapter, TrainedRows):
-        return TrainedRows(adapter.base, adapter.ids.tolist())
-    if isinstance(adapter, TrainedCopy):
-        return TrainedCopy(adapter.base, ("bias",) if adapter.copy is None else ("weight", "bias"))
-    rank, alpha = by_pattern(lora.rank_pattern, name, lora.rank), by_pattern(lora.alpha_pattern, name, lora.alpha)
-    return make_lora(name, adapter.base, replace(lora, rank=rank, alpha=alpha), torch.Generator())
-
-
 def files_error(ctx: TrainContext, directory: Path) -> float:
     """Products of adapters read from saved files; infinite if saving these again changes a byte."""
-    first, second = directory / "first", directory / "second"
-    save_adapter(first, ctx.model, ctx.adapters, ctx.config.lora, ctx.config.model.name, {})
-    read, base, tensors, note = read_adapter(first)
-    lora = replace(read, dropout=ctx.config.lora.dropout)  # matters in training only
-    again = {name: rebuild(name, adapter, lora).eval() for name, adapter in ctx.adapters.items()}
-    load_adapter_tensors(again, tensors, str(first))
-    save_adapter(second, ctx.model, again, lora, base, note)
+    first, second, base = directory / "first", directory / "second", ctx.config.model.reference
+    save_adapter(first, ctx.model, ctx.adapters, ctx.config.lora, base, {})
+    read = read_trained_adapter(str(first))
+    again = OtherAdapter(read, ctx.model, ctx.adapters).others
+    lora = replace(read.lora, dropout=ctx.config.lora.dropout)  # matters in training only
+    save_adapter(second, ctx.model, again, lora, base, {})
     if any((second / path.name).read_bytes() != path.read_bytes() for path in first.iterdir()):
         return math.inf
     return max(relative_error(product(again[n], x), product(old, x)) for n, old, x in examples(ctx.adapters))

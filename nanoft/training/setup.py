@@ -23,7 +23,7 @@ import torch
 import nanoft
 from nanoft import UserError, kernels
 from nanoft.batches import Batches
-from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows
+from nanoft.blocks.trained import Adapter
 from nanoft.checkpoint import AsyncCheckpointWriter, CheckpointManager
 from nanoft.config import Config, LoRAConfig
 from nanoft.config.fields import nearest
@@ -43,7 +43,7 @@ from nanoft.io.hub import use_cache
 from nanoft.io.tables import format_duration, wrap
 from nanoft.kernels import sharding
 from nanoft.kernels.streaming import keep_on_host, stream_blocks
-from nanoft.lora import disabled
+from nanoft.lora import LoRALinear, disabled
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, load_adapter_tensors, vocabulary_of
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
@@ -58,12 +58,7 @@ from nanoft.runtime.device import Machine, describe_device, library_versions
 from nanoft.runtime.memory import peak_memory_gb
 from nanoft.tracking.run import Run, is_shown
 from nanoft.tracking.trackers import build_trackers, chosen_trackers
-from nanoft.training.memory_plan import (
-    Planner,
-    describe_streaming,
-    resolve_base_device,
-    resolve_micro_batch_size,
-)
+from nanoft.training.memory_plan import Planner, describe_streaming
 from nanoft.training.progress import in_smaller_batches, log_memory, steps_between
 from nanoft.training.state import TrainContext, TrainState
 from nanoft.training.validation import check_schedule, validate_config
@@ -74,8 +69,6 @@ SHAPE = """
     rank alpha target_modules rank_pattern alpha_pattern rslora dora bias modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
 CODES = {*Linear4bit.NAMES, *Linear8bit.NAMES}  # parts of packed weights, parameters of a sharded model
-# Parts of the model, by a part of the names of their modules.
-PARTS = {".experts.": "experts", ".router.": "routers", ".self_attn.": "attention", ".mlp.": "MLPs"}
 IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # the part that each checkpoint records
 
 
@@ -99,11 +92,8 @@ def plan_run(config: Config, machine: Machine, files: ModelFiles, run: Run) -> P
         run.print(f"warning: lora.dropout: disabled with training.objective={name}, in both forward passes")
         planner = replace(planner, config=config.override({"lora.dropout": 0.0}))
 
-    def decide() -> dict[str, Any]:
-        placed = replace(planner, config=resolve_base_device(planner))
-        return resolve_micro_batch_size(placed, run.recorded_config()).to_dict()
-
-    planner = replace(planner, config=Config.from_dict(distributed.broadcast_from_rank0(decide)))
+    chosen = distributed.broadcast_from_rank0(lambda: planner.resolved(run.recorded_config()).config.to_dict())
+    planner = replace(planner, config=Config.from_dict(chosen))
     if planner.config.model.base_device == "host":
         run.print(f"base      {describe_streaming(planner).strip()}")
     return planner
@@ -353,43 +343,21 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
         yield model
 
 
-def shape_and_rank(adapter: Adapter) -> tuple[str, str]:
-    if isinstance(adapter, TrainedRows):
-        return "rows", f"of {len(adapter.ids)} tokens"
-    if isinstance(adapter, TrainedCopy):
-        return "copy", "of the module" if adapter.copy is not None else "of the bias"
-    base, rank = adapter.base, f"rank {len(adapter.lora_A)}"  # type: ignore[arg-type]
-    is_embedding = isinstance(base, torch.nn.Embedding)
-    inputs, outputs = base.weight.shape if is_embedding else (base.in_features, base.out_features)
-    return f"({inputs} -> {outputs})", rank
-
-
-def describe_adapters(adapters: dict[str, Adapter]) -> list[str]:
-    """One line for each kind of linear: count, shape, rank, trained parameters."""
-    trained: dict[tuple[str, str, str], list[int]] = {}
-    for name, adapter in adapters.items():
-        numbers = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        trained.setdefault((name.rpartition(".")[2], *shape_and_rank(adapter)), []).append(numbers)
-    lines = [(kind, f"{len(n)} x {shape}", rank, f"{sum(n):,}") for (kind, shape, rank), n in trained.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-
-
-def describe_weights(model: Decoder) -> str:
-    """What is frozen and trained in which number format, by parts of the model, in numbers: nothing is left out."""
+def describe_parameters(model: Decoder) -> list[str]:
+    """A line for each kind of module: its frozen and trained numbers, and their formats; nothing is left out."""
     found: dict[str, Counter[str]] = {}
     for name, module in model.named_modules():
-        kind = next((kind for part, kind in PARTS.items() if part in f".{name}."), "the rest")
-        kind = "adapters" if isinstance(module, Adapter) else kind
+        place = name.removesuffix(".base").split(".")
+        own = found.setdefault(f"{'experts.' * ('experts' in place)}{place[-1]}", Counter())
+        rank = f", rank {len(module.lora_A)}" if isinstance(module, LoRALinear) else ""
         for part, p in module.named_parameters(recurse=False):
-            if part in CODES:
-                continue
-            form = f"{'trained' if p.requires_grad else 'frozen'} in {str(p.dtype).removeprefix('torch.')}"
-            found.setdefault(form, Counter())[kind] += p.numel()
+            if part not in CODES:
+                form = str(p.dtype).removeprefix("torch.")
+                own[f"trained in {form}{rank}" if p.requires_grad else f"frozen in {form}"] += p.numel()
         if isinstance(module, (Linear4bit, Linear8bit)):
-            found.setdefault(f"frozen in {module.kind}", Counter())[kind] += module.in_features * module.out_features
-    parts = {form: ", ".join(f"{kind} {count:,}" for kind, count in own.items()) for form, own in found.items()}
-    return "; ".join(f"{form}: {own}" for form, own in sorted(parts.items()))
+            own[f"frozen in {module.kind}"] += module.in_features * module.out_features
+    said = {kind: "; ".join(f"{count:,} {how}" for how, count in own.items()) for kind, own in found.items() if own}
+    return [f"{kind}: {text}" for kind, text in said.items()]
 
 
 def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps: int | None) -> list[str]:
@@ -425,9 +393,8 @@ def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float)
         say(f"          {cores.prepared}")
     say(f"model     {c.model.name}" + (f"; base in {base}" if form else ""))
     say(f"training  {kind}: {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    for line in describe_adapters(ctx.adapters):
-        say(f"          {line}")
-    say(f"weights   {describe_weights(ctx.model)}")
+    for line in describe_parameters(ctx.model):
+        say(wrap(f"          {line}", 12))
     say(f"kernels   {kernels.describe(ctx.model)}")
     shape = ctx.machine.dtype, c.model.max_seq_length, ctx.batches.is_packed
     say(f"attention {kernels.describe_attention(ctx.model, *shape)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from nanoft.evaluation.evaluate import held_out_prompts
 from nanoft.kernels import sharding
 from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
+from nanoft.models.adapter_files import adapter_tensors, copy_matching, load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
 from nanoft.objectives.objective import Objective
 from nanoft.runtime import distributed
@@ -38,6 +38,7 @@ from nanoft.runtime.device import Machine, set_rng_state
 from nanoft.tracking.run import Meter, Run
 from nanoft.training.memory_plan import Plan, Planner
 
+ANOTHER = "start a new run with another output.dir"
 RISES = 2  # consecutive rises of validation loss, while training loss falls, that are more than noise
 
 
@@ -171,7 +172,7 @@ def restore(ctx: TrainContext, resume: str) -> TrainState:
     try:
         return restore_from(ctx, lambda: find_checkpoint(ctx, resume))
     except CheckpointCorrupted as reason:
-        raise UserError(f"{reason}: start a new run with another output.dir") from None
+        raise UserError(f"{reason}: {ANOTHER}") from None
 
 
 def find_checkpoint(ctx: TrainContext, resume: str) -> Checkpoint | None:
@@ -239,7 +240,7 @@ def load_weights(ctx: TrainContext, saved: Checkpoint) -> None:
     if ctx.adapters:
         load_adapter_tensors(ctx.adapters, tensors, str(saved.path))
     else:
-        copy_matching(ctx.trained_weights(), tensors, str(saved.path))
+        copy_matching(ctx.trained_weights(), tensors, str(saved.path), ANOTHER)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
@@ -254,23 +255,7 @@ def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]
 ) -> None:
     """Fill the allocated state from `optimizer_tensors`, matched by name; a UserError if something does not fit."""
-    copy_matching(optimizer_tensors(optimizer, named), tensors, "optimizer.safetensors")
+    copy_matching(optimizer_tensors(optimizer, named), tensors, "optimizer.safetensors", ANOTHER)
     for name, parameter in named:
         state = optimizer.state[parameter]
         state.update({key: int(tensors[f"{name}.{key}"]) for key, held in state.items() if isinstance(held, int)})
-
-
-def copy_matching(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors into those of the same name; a UserError names the first whose name, shape or dtype differs."""
-
-    def describe(tensor: Tensor | None, absent: str) -> str:
-        return absent if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-
-    for name in sorted(own.keys() | saved.keys()):
-        have, want = describe(saved.get(name), "missing"), describe(own.get(name), "none")
-        if have != want:
-            fix = "start a new run with another output.dir"
-            raise UserError(f"{where}: {name}: {have}, but this run needs {want}: {fix}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])

@@ -27,7 +27,7 @@ from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
 from nanoft.nf4 import Linear4bit
 from nanoft.training.memory_plan import count_parameters, gflop_per_token
-from nanoft.training.setup import describe_weights
+from nanoft.training.setup import describe_parameters
 
 IDS = torch.randint(3, 199, (2, 30), generator=torch.Generator().manual_seed(3))
 NF4 = ("nf4", True)
@@ -236,10 +236,10 @@ def test_every_weight_is_named_with_its_form(tmp_path: Path) -> None:
     make_family("qwen3_moe", tmp_path)
     model = load_model(tmp_path, CPU, torch.bfloat16, NF4)
     inject_lora(model, LoRAConfig(rank=2, target_modules=("attention",)), 0)
-    experts, routers, attention = 3 * 6 * 3 * 64 * 64, 3 * 6 * 64, 3 * (2 * 64 * 64 + 2 * 32 * 64)
-    said = describe_weights(model)
-    assert f"frozen in nf4: attention {attention:,}, experts {experts:,}; trained in float32: adapters" in said
-    assert f"routers {routers:,}" in said.partition("; ")[0]
+    said = dict(line.split(": ", 1) for line in describe_parameters(model))
+    assert said["experts.up_proj"] == f"{3 * 6 * 64 * 64:,} frozen in nf4"
+    assert said["q_proj"].endswith(f"trained in float32, rank 2; {3 * 64 * 64:,} frozen in nf4")
+    assert said["router"] == f"{3 * 6 * 64:,} frozen in bfloat16"
 
 
 def test_a_token_costs_the_experts_that_it_meets(tmp_path: Path) -> None:

@@ -26,18 +26,14 @@ from nanoft import UserError
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import PEFT_PREFIX
 from nanoft.models.families import decoder_config
-from nanoft.models.model_files import read_block
 from nanoft.models.open import LoadedModel, open_model
 from nanoft.models.weights import (
     cache_weights,
     choose_dequantize,
     copy_companions,
-    dequantize_fp8,
     load_model,
     read_stored,
     save_model,
-    scale_shape,
-    shared_by,
     stored_tensors,
     write_config,
 )
@@ -845,7 +841,10 @@ def test_an_adapter_with_a_damaged_file_is_refused(
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"hidden_size": 64}, r"is \(4, 32\), but this model"), ({"num_hidden_layers": 1}, "is it the right base?")],
+    [
+        ({"hidden_size": 64}, r"\(32, 4\) .* but \(64, 4\)"),
+        ({"num_hidden_layers": 1}, "is it the right base?"),
+    ],
 )
 def test_an_adapter_on_another_base_is_refused(
     changes: dict[str, int], message: str, runs: Path, tmp_path: Path
@@ -868,30 +867,3 @@ def test_random_weights_need_a_config_only_and_follow_the_seed(tmp_path: Path) -
             assert torch.equal(parameter, torch.full_like(parameter, float(not name.endswith("bias")))), name
         else:
             assert 0.001 < parameter.std() < 0.03, name
-
-
-# --- FP8: each code times the scale of its block, against the formula written out with loops
-
-
-@pytest.mark.parametrize("scales", [(2, 3), (5, 1), (1, 1), ()], ids=["blocks", "rows", "one", "scalar"])
-@pytest.mark.parametrize("rows", [slice(0, 5), slice(2, 4)])
-def test_a_weight_is_its_codes_times_their_scales(scales: tuple[int, ...], rows: slice) -> None:
-    """A weight of 5 x 8 in blocks of 3 x 3: those at the ends are smaller."""
-    generator = torch.Generator().manual_seed(0)
-    codes = (100 * torch.randn(5, 8, generator=generator)).to(torch.float8_e4m3fn)
-    scale, block = torch.rand(scales, generator=generator), (3, 3)
-    expected = torch.empty(5, 8)
-    for i in range(5):
-        for j in range(8):
-            own = {(2, 3): (i // 3, j // 3), (5, 1): (i, 0), (1, 1): (0, 0), (): ()}[scales]
-            expected[i, j] = float(codes[i, j]) * float(scale[own])
-    assert scale_shape((5, 8), scales, block) == scales
-    found = dequantize_fp8(codes[rows], scale, shared_by((5, 8), scales, block), rows.start)
-    assert torch.equal(found, expected[rows])
-
-
-@pytest.mark.parametrize("block", [5, [128], [128, 0], ["a", 1], [128, True]])
-def test_a_block_is_two_sizes(block: object) -> None:
-    assert read_block({}) == (128, 128)
-    with pytest.raises(UserError, match=r"^quantization_config: weight_block_size: .* is not two sizes"):
-        read_block({"weight_block_size": block})

@@ -19,15 +19,14 @@ from nanoft.config import Config
 from nanoft.objectives import OBJECTIVES
 from nanoft.objectives.preference import Preference
 from nanoft.objectives.sft import SFT
+from nanoft.training import progress
 from nanoft.training.progress import (
     is_due,
     log_save,
     progress_bar,
     steps_between,
-    warn_of_answers,
-    warn_of_ease,
-    warn_of_falling,
-    warn_of_memorizing,
+    warn_of_held_out,
+    warn_of_training,
 )
 from nanoft.training.state import LossTrend, TrainState
 
@@ -173,10 +172,14 @@ def test_before_training_a_sample_is_the_answer_of_the_base_in_the_report(tmp_pa
 
 
 def test_a_sample_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: runs.Patch) -> None:
-    def failing(*_: Any) -> Any:
-        raise RuntimeError("no answer")
+    real = progress.measure
 
-    monkeypatch.setattr("nanoft.training.progress.sample_answers", failing)
+    def failing(ctx: Any, model: Any, samples: Any, *more: Any) -> Any:
+        if not len(samples):  # answers only, unlike at the end
+            raise RuntimeError("no answer")
+        return real(ctx, model, samples, *more)
+
+    monkeypatch.setattr(progress, "measure", failing)
     assert train.main(runs.quick(tmp_path / "run")) == 0
     assert [event["what"] for event in runs.events(tmp_path / "run")] == ["sampling answers failed"] * 2
     assert [step for step, _ in runs.losses(tmp_path / "run", "eval")] == [4, 8]
@@ -293,7 +296,7 @@ def test_answers_that_are_ranked_right_at_once_are_warned_of(step: int, figures:
     ctx, printed = watched()
     state = TrainState(step=step)
     for _ in range(2):  # and once only
-        warn_of_ease(ctx, state, figures)
+        warn_of_training(ctx, state, figures)
     assert len(printed) == warns
     assert all("every answer is already ranked correctly" in line for line in printed)
 
@@ -304,10 +307,10 @@ def test_chosen_answers_that_fall_with_the_rejected_are_warned_of_where_there_is
     ctx, printed = watched(objective)
     state = TrainState(step=50, held_out=rewards(-1.5, -2.0))
     for chosen, rejected in ((-0.9, -9.0), (-1.4, -9.0), (-1.6, -1.9)):  # not far; not any more; rejected rise
-        warn_of_falling(ctx, state, rewards(chosen, rejected))
+        warn_of_held_out(ctx, state, rewards(chosen, rejected))
     assert printed == []
     for _ in range(2):
-        warn_of_falling(ctx, state, rewards(-1.6, -2.5))
+        warn_of_held_out(ctx, state, rewards(-1.6, -2.5))
     assert len(printed) == (isinstance(objective, Preference) and objective.uses_reference)
 
 
@@ -325,7 +328,7 @@ def test_sampled_answers_that_go_wrong_are_warned_of_once(changes: dict[str, flo
     ctx, printed = watched()
     state, first = TrainState(step=5), {"reward": 0.5, "entropy": 1.0, "completion_tokens": 20.0, "stop_rate": 0.9}
     for figures in (first, {**first, **changes}, {**first, **changes}):
-        warn_of_answers(ctx, state, figures)
+        warn_of_training(ctx, state, figures)
     assert len(printed) == bool(text)
     assert all(text in line for line in printed)
 
@@ -334,5 +337,5 @@ def test_sampled_answers_that_go_wrong_are_warned_of_once(changes: dict[str, flo
 def test_reward_that_rises_in_training_alone_is_warned_of(training: float, held_out: float, warns: bool) -> None:
     ctx, printed = watched(SimpleNamespace(figures=lambda: {"reward": training}))
     state = TrainState(step=5, held_out={"reward": 0.5, "training_reward": 0.5})
-    warn_of_memorizing(ctx, state, {"reward": held_out})
+    warn_of_held_out(ctx, state, {"reward": held_out})
     assert len(printed) == warns

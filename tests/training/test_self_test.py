@@ -19,7 +19,7 @@ from torch import Tensor
 
 import train
 from nanoft import attention as core_attention
-from nanoft import loss, recompute
+from nanoft import recompute
 from nanoft.batches import Sample, TokenDataset
 from nanoft.kernels import attention
 from nanoft.lora import DoRALinear, LoRALinear
@@ -32,8 +32,7 @@ from tiny_models import delta, make_chat_model, write_records
 SPLITS, RESUMED = "1x8 = 2x4 = 4x2 = 8x1", "2 + 2 steps = 4 steps"
 PACKED, MERGED = "packed = alone", "merged = adapter"
 NEEDS_ADAPTERS = {"fresh adapter = base", "adapter saved = read", MERGED}
-EVERY = {SPLITS, RESUMED, PACKED, "recomputed = kept", "loss in chunks = at once"}
-EVERY |= NEEDS_ADAPTERS
+EVERY = {SPLITS, RESUMED, PACKED, "recomputed = kept"} | NEEDS_ADAPTERS
 MORE: dict[str, dict[str, Any]] = {
     "bf16": {"model__dtype": "bfloat16"},
     "fp16": {"model__dtype": "float16", "lora__dropout": 0.1},
@@ -223,11 +222,6 @@ def save_another_alpha(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(adapter_files, "as_plain_lora", double)
 
 
-def leave_a_chunk_out(patch: pytest.MonkeyPatch) -> None:
-    real = loss._chunks
-    patch.setattr(loss, "_chunks", lambda *arguments: list(real(*arguments))[:1])
-
-
 def other_dropout_the_second_time(patch: pytest.MonkeyPatch) -> None:
     real = recompute.checkpoint
     patch.setattr(
@@ -257,7 +251,6 @@ BROKEN: list[tuple[Callable[[pytest.MonkeyPatch], None], dict[str, Any], set[str
     (save_small_ones_rounded, {"lora__bias": "lora_only"}, {"adapter saved = read"}),
     (save_small_ones_rounded, VARIANTS["dora"], {"adapter saved = read"}),
     (save_another_alpha, {}, {"adapter saved = read"}),
-    (leave_a_chunk_out, {}, {"loss in chunks = at once"}),
     (other_dropout_the_second_time, DROPOUT, {"recomputed = kept"}),
 ]
 
