@@ -74,6 +74,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 8},
     "olmo3": {"layer_types": KINDS},
     "granite": {"attention_bias": True, "mlp_bias": True},
+    "qwen3_5_text": {"linear_key_head_dim": 32},
 }
 GRAPHS = {
     name: CHANGES.get(name, {})
@@ -413,6 +414,7 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
             {"sliding_window": 8, "layer_types": KINDS},
             "sliding_window: llama.cpp's exaone4 has a window of 4096 in three",
         ),
+        ("qwen3_5_text", {"linear_key_head_dim": 24}, "linear_value_head_dim: llama.cpp's qwen35 requires linear_key"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers: llama.cpp's smollm3 rotates in all .* fourth"),
         (
             "seed_oss",
