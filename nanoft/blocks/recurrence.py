@@ -47,14 +47,15 @@ def delta_rule(
 def widen(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> list[Tensor]:
     """All in float32 at least, q and k of length 1 for each value head, and q divided by sqrt(dk)."""
     wide, copies = torch.promote_types(v.dtype, torch.float32), v.shape[2] // k.shape[2]
-    q, k = unit(q.to(wide), q.shape[-1] ** -0.5), unit(k.to(wide))
+    q, k = q.to(wide), k.to(wide)
+    q, k = q * scale(q, q.shape[-1] ** -0.5), k * scale(k)
     q, k = (part if copies == 1 else part.repeat_interleave(copies, dim=2) for part in (q, k))
     return [q, k, v.to(wide), decay.to(wide), beta.to(wide)]
 
 
-def unit(x: Tensor, length: float = 1.0) -> Tensor:
-    """x length / |x|, over the last dimension."""
-    return x * ((x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() * length)
+def scale(x: Tensor, length: float = 1.0) -> Tensor:
+    """length / |x|, over the last dimension, (..., 1)."""
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + 1e-6).rsqrt() * length
 
 
 def convolution(x: Tensor, weight: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -156,7 +156,11 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     for place, adapter in adapters.items():
         names = new_names(f"{place}.weight")
         a, b = (factor.detach().float() for factor in adapter.factors())  # (r, in), (out, r)
-        b = to_llama_cpp(b * (alphas[place] / alpha), f"{place}.weight", config)
+        b = b * (alphas[place] / alpha)
+        if place.endswith("linear_attn.out_proj"):  # its inputs have another order
+            a = to_llama_cpp(a, f"{place}.weight", config)
+        else:
+            b = to_llama_cpp(b, f"{place}.weight", config)
         for new_name, rows in zip(names, b.chunk(len(names)), strict=True):
             for part, tensor in (("lora_a", a), ("lora_b", rows)):
                 read = partial(torch.clone, tensor)
@@ -248,6 +252,7 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], list[str]]:
     def new_names(name: str) -> list[str]:
         parts = [name.replace("gate_up_proj", part) for part in gated] if ".gate_up_proj." in name else [name]
         parts = [f"{part}.weight" if part.endswith(".layer_scalar") else part for part in parts]
+        parts = [part.replace(".dt_bias", ".dt_proj.bias") for part in parts]
         parts = [re.sub(r"\.experts\.\d+\.", ".experts.", part) for part in parts]
         spelled = [(file_name(config.family, part), part) for part in parts]
         return [next(new for own in names if (new := known.get_name(own, (".weight", ".bias")))) for names in spelled]
@@ -257,7 +262,8 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], list[str]]:
 
 def _tensor_format(name: str, shape: tuple[int, ...], dtype: str, config: DecoderConfig) -> str:
     """The number format of one tensor: float32 for vectors, float16 for rows that are not multiples of 32."""
-    if len(shape) == 1 or name == "position_embd.weight" or name.endswith("shortconv.conv.weight"):
+    whole = ("position_embd.weight", "shortconv.conv.weight", "ssm_conv1d.weight")
+    if len(shape) == 1 or name.endswith(whole):
         return "F32"
     if dtype not in EXPORT_DTYPES and shape[-1] % BLOCK:
         return "F16"
@@ -281,6 +287,9 @@ class GGUFWeights(Rows):
     def __init__(self, path: Path, config: DecoderConfig):
         self.config, self.gguf, self.multiple = config, _import_gguf(), config.head_dim  # heads are permuted whole
         self.multiple *= 3 * config.num_heads if config.qkv == "interleaved" else 1  # or all of them
+        if config.delta:
+            self.multiple = 2 * config.delta.key_heads * config.delta.key_dim
+            self.multiple += config.delta.value_heads * config.delta.value_dim
         with torch.device("meta"):
             blank = Decoder(config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}

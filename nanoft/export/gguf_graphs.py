@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError
+from nanoft.blocks.deltanet import DeltaNetSizes
 from nanoft.model import DecoderConfig
 from nanoft.models.families import FAMILIES, main_rope, standard_fields
 
@@ -86,6 +87,10 @@ OVER_CHOSEN: Rule = (
     "norm_topk_prob: {} weights the chosen experts alone",
     lambda c: c.routing is None or c.routing.over_chosen,
 )
+SQUARE_STATE: Rule = (
+    "linear_value_head_dim: {} requires linear_key_head_dim",
+    lambda c: c.delta is None or c.delta.value_dim == c.delta.key_dim,
+)
 USUAL = (ALL_ROTATE, WHOLE_HEAD, NO_GROWTH, YARN)
 GEMMA = (*USUAL, NO_BIASES, TIED, PERIODIC, WINDOWS)
 
@@ -120,6 +125,7 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "qwen2": Graph((*USUAL, SQUARE)),
     "qwen3": Graph((*USUAL, NO_BIASES)),
     "qwen3moe": Graph((*USUAL, NO_BIASES, ALL_EXPERTS, OVER_CHOSEN)),
+    "qwen35": Graph((ALL_ROTATE, NO_GROWTH, YARN, NO_BIASES, SQUARE_STATE)),
     "lfm2": Graph((*USUAL, NO_BIASES)),
     "gemma2": Graph((*GEMMA, CAPS, _gemma_scale(46)), windows=True, scales=SOFT_CAPS),
     "gemma3": Graph((*GEMMA, NO_CAPS, LOCAL_ROPE, _gemma_scale(62)), ("default", "linear"), windows=True),
@@ -157,7 +163,7 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
     writer.add_head_count(c.num_heads)
     attends = [c.mixer(layer) == "attention" for layer in range(c.num_layers)]
     heads = _of_layers(c, "num_kv_heads")
-    writer.add_head_count_kv(heads if all(attends) else [heads * one for one in attends])
+    writer.add_head_count_kv([heads * one for one in attends] if "short_conv" in c.mixers else heads)
     writer.add_key_length(c.by_layer[-1].head_dim)
     writer.add_value_length(c.by_layer[-1].head_dim)
     (writer.add_layer_norm_eps if c.norm == "layer" else writer.add_layer_norm_rms_eps)(c.norm_eps)
@@ -169,6 +175,9 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
         writer.add_parallel_residual(c.parallel)
     if writer.arch == "lfm2":
         writer.add_shortconv_l_cache(c.conv_kernel)
+    if c.delta is not None:
+        writer.add_array(f"{writer.arch}.attention.recurrent_layers", [not one for one in attends])
+        _add_deltanet(writer, c, c.delta)
     if c.routing is not None:
         writer.add_expert_count(c.routing.experts)
         writer.add_expert_used_count(c.routing.chosen)
@@ -199,6 +208,16 @@ def add_shape(writer: Any, c: DecoderConfig, hf: dict[str, Any]) -> list[str]:
         writer.add_sliding_window(windows[0])
     writer.add_context_length(length)
     return notes
+
+
+def _add_deltanet(writer: Any, c: DecoderConfig, sizes: DeltaNetSizes) -> None:
+    writer.add_ssm_conv_kernel(c.conv_kernel)
+    writer.add_ssm_state_size(sizes.key_dim)
+    writer.add_ssm_group_count(sizes.key_heads)
+    writer.add_ssm_time_step_rank(sizes.value_heads)
+    writer.add_ssm_inner_size(sizes.value_heads * sizes.value_dim)
+    pairs = int(c.head_dim * main_rope(c).share) // 2
+    writer.add_rope_dimension_sections([(pairs + 2 - axis) // 3 for axis in range(3)] + [0])  # of text all axes agree
 
 
 def _of_layers(c: DecoderConfig, name: str) -> Any:
@@ -250,8 +269,10 @@ def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = 
     Weights of norms include their offset. Within each head, the rows of q and k change from (first half, second half)
     to pairs of neighbors if the graph rotates these. Interleaved q, k, v become all q, all k, all v.
     """
-    if tensor.dim() == 3 or (back and ".conv.conv." in name):  # a convolution of each channel
-        return tensor[:, None] if back else tensor[:, 0]
+    if tensor.dim() == 3 or (back and re.search(r"\.conv(1d|\.conv)\.", name)):  # a convolution of each channel
+        tensor = tensor[:, None] if back else tensor[:, 0]
+    if ".linear_attn." in name and config.delta:
+        return _deltanet(tensor, name, config.delta, back)
     if config.qkv == "interleaved" and ".qkv_proj." in name:
         sizes = (3, config.num_heads) if back else (config.num_heads, 3)
         return tensor.unflatten(0, (*sizes, config.head_dim)).transpose(0, 1).flatten(0, 2)
@@ -262,3 +283,16 @@ def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = 
         return tensor
     halves = (config.head_dim // 2, 2) if back else (2, config.head_dim // 2)
     return tensor.unflatten(0, (-1, *halves)).transpose(1, 2).flatten(0, 2)
+
+
+def _deltanet(tensor: Tensor, name: str, sizes: DeltaNetSizes, back: bool) -> Tensor:
+    """The value heads of each key head, which lie together, in turns, as llama.cpp repeats keys; -exp(A_log)."""
+    if name.endswith("norm.weight"):
+        return tensor
+    if name.endswith("A_log"):
+        tensor = (-tensor).log() if back else -tensor.exp()
+    copies, dim = sizes.value_heads // sizes.key_heads, int(".out_proj." in name)
+    heads = (copies, sizes.key_heads) if back else (sizes.key_heads, copies)
+    keys = 2 * sizes.key_heads * sizes.key_dim if "qkv" in name or "conv1d" in name else 0  # rows of queries and keys
+    values = tensor[keys:].unflatten(dim, (*heads, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)
+    return torch.cat((tensor[:keys], values))

@@ -41,6 +41,7 @@ TEKKEN = (
 GPT4O = TEKKEN.replace("|[^\\r", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\\r").replace(
     r"|\p{N}|", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}|"
 )
+QWEN35 = QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 SEED = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}{1}").replace(r"\p{N}]+[\r\n]*|", r"\p{N}\r\n]+|")
 Steps = tuple[tuple[str, ...], ...]
 GPT2_WORDS, BYTES_ONLY = ("ByteLevel", "words"), ("ByteLevel",)
@@ -51,6 +52,7 @@ PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {
     ((("Split", LLAMA3), BYTES_ONLY), True): "llama-bpe",
     ((("Split", LLAMA3), BYTES_ONLY), False): "dbrx",
     ((("Split", QWEN2), BYTES_ONLY), False): "qwen2",
+    ((("Split", QWEN35), BYTES_ONLY), False): "qwen35",
     ((("Split", TEKKEN), BYTES_ONLY), True): "tekken",
     ((("Split", GPT4O), BYTES_ONLY), False): "gpt-4o",
     ((("Split", SEED), BYTES_ONLY), False): "seed-coder",

@@ -392,7 +392,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     ),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), "seed_oss", NO_DROPOUT),
     "qwen3_5_text": Family(
-        "Qwen3_5ForCausalLM", recurrent.qwen3_5, tuple(recurrent.QWEN3_5), None, recurrent.QWEN3_5_ONLY
+        "Qwen3_5ForCausalLM", recurrent.qwen3_5, tuple(recurrent.QWEN3_5), "qwen35", recurrent.QWEN3_5_ONLY
     ),
     "lfm2": Family("Lfm2ForCausalLM", recurrent.lfm2, *recurrent.LFM2),
     "gpt2": Family("GPT2LMHeadModel", classics.gpt2, *classics.GPT2),

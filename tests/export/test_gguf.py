@@ -74,6 +74,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 8},
     "olmo3": {"layer_types": KINDS},
     "granite": {"attention_bias": True, "mlp_bias": True},
+    "qwen3_5_text": {"linear_key_head_dim": 32},
 }
 GRAPHS = {
     name: CHANGES.get(name, {})
@@ -408,6 +409,7 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
         ("phi3", {"head_dim": 20, "rope_parameters": PLAIN}, "head_dim: llama.cpp's phi3 requires"),
         ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings: llama.cpp's olmo2 needs a separate head"),
         ("olmo3", {"rope_parameters": {SLIDING: PLAIN, FULL: {**PLAIN, "rope_theta": 5e5}}}, "rope_theta: .* one"),
+        ("qwen3_5_text", {"linear_key_head_dim": 24}, "linear_value_head_dim: llama.cpp's qwen35 requires linear_key"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers: llama.cpp's smollm3 rotates in all .* fourth"),
         (
             "seed_oss",

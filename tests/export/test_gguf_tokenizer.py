@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export.gguf import write_gguf
-from nanoft.export.gguf_tokenizer import GPT4O, LLAMA3, QWEN2, SEED, TEKKEN, read_vocabulary
+from nanoft.export.gguf_tokenizer import GPT4O, LLAMA3, QWEN2, QWEN35, SEED, TEKKEN, read_vocabulary
 from nanoft.models.open import open_model
 from tiny_models import make_reference
 
@@ -53,6 +53,7 @@ PRE_TOKENIZERS = {
     "llama-bpe": (split(LLAMA3), True),
     "dbrx": (split(LLAMA3), False),
     "qwen2": (split(QWEN2), False),
+    "qwen35": (split(QWEN35), False),
     "tekken": (split(TEKKEN), True),
     "gpt-4o": (split(GPT4O, "removed"), False),  # what does not match is removed: nothing
     "seed-coder": (split(SEED), False),

@@ -49,7 +49,7 @@ GEMMA4 = {"sliding_window": 8, "global_head_dim": 32, "num_hidden_layers": 6, "n
 GEMMA4 |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}
 GEMMA4 |= {"hidden_size_per_layer_input": 8}
 QWEN3_5 = {"layer_types": ["full_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2}
-QWEN3_5 |= {"linear_key_head_dim": 24, "linear_value_head_dim": 32, "linear_num_value_heads": 4}
+QWEN3_5 |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_value_heads": 4}
 # The wrapper's config, its fields, those of text.
 CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "gemma3_text": (Gemma3Config, {"image_token_index": 60, "mm_tokens_per_image": 4}, GEMMA3),
