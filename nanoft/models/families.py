@@ -383,7 +383,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe, QWEN3_MOE, "qwen3moe", NO_AUXILIARY_LOSS, names=ROUTER),
-    "gpt_oss": Family("GptOssForCausalLM", gpt_oss, GPT_OSS, None, GPT_OSS_ONLY, stacked=True),
+    "gpt_oss": Family("GptOssForCausalLM", gpt_oss, GPT_OSS, "gpt-oss", GPT_OSS_ONLY, stacked=True),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
