@@ -35,15 +35,7 @@ from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer, Message, TemplateRefusal
 from nanoft.export import merge, verify
-from nanoft.export.gguf_graphs import (
-    GRAPHS,
-    add_shape,
-    architecture,
-    is_interleaved,
-    rope_tensors,
-    stacked_name,
-    to_llama_cpp,
-)
+from nanoft.export.gguf_graphs import GRAPHS, add_shape, architecture, rope_tensors, stacked_name, to_llama_cpp
 from nanoft.export.gguf_tokenizer import Vocabulary, read_vocabulary
 from nanoft.export.merge import EXPORT_DTYPES, Onto
 from nanoft.export.model_card import model_card, parity_record
@@ -295,7 +287,7 @@ class GGUFWeights(Rows):
 
     def read(self, name: str, rows: slice) -> Tensor:
         found, start, expert = [], 0, re.search(r"\.experts\.(\d+)\.", name)
-        alternate = is_interleaved(name, self.config)  # both have every second row
+        alternate = self.config.mlp == "interleaved" and ".gate_up_proj." in name  # both have every second row
         rows = slice(rows.start // 2, rows.stop // 2) if alternate else rows
         for tensor in self.tensors[name]:  # stacked by rows
             whole = tensor.data[int(expert[1])] if expert else tensor.data

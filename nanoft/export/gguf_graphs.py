@@ -86,10 +86,7 @@ YARN_TURNS: Rule = (
     "rope type yarn: {} supports only beta_fast 32 and beta_slow 1",
     lambda c: main_rope(c).kind != "yarn" or _turns(main_rope(c).parameters)[:2] == (32, 1),
 )
-EVERY_SECOND: Rule = (
-    "layer_types: {} has a window in every second layer, from the first on",
-    lambda c: _period(c) == 2,
-)
+EVERY_SECOND: Rule = ("layer_types: {} has a window in every second layer", lambda c: _period(c) == 2)
 ALL_BIASES: Rule = ("attention_bias: {} has biases", lambda c: c.qkv_bias)
 ALL_EXPERTS: Rule = (
     "mlp_only_layers, decoder_sparse_step: {} has experts in all layers",
@@ -263,11 +260,6 @@ def stacked_name(name: str) -> str:
     return re.sub(r"(\.experts\.)\d+\.", r"\1{}.", name)
 
 
-def is_interleaved(name: str, config: DecoderConfig) -> bool:
-    """Whether the rows of gate and up alternate in a tensor."""
-    return config.mlp == "interleaved" and ".gate_up_proj." in name
-
-
 def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = False) -> Tensor:
     """Convert a tensor of Hugging Face files, (heads * head_dim, ...), to llama.cpp's convention, or back.
 
@@ -279,7 +271,7 @@ def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = 
     if config.qkv == "interleaved" and ".qkv_proj." in name:
         sizes = (3, config.num_heads) if back else (config.num_heads, 3)
         return tensor.unflatten(0, (*sizes, config.head_dim)).transpose(0, 1).flatten(0, 2)
-    if is_interleaved(name, config):
+    if config.mlp == "interleaved" and ".gate_up_proj." in name:
         return tensor.unflatten(0, (2, -1) if back else (-1, 2)).transpose(0, 1).flatten(0, 1)
     if config.norm_offset and name.endswith("norm.weight"):
         return tensor + (-config.norm_offset if back else config.norm_offset)
