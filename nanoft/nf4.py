@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoft import UserError
-from nanoft.blocks.double_quantization import NESTED, pack_scales
+from nanoft.blocks.double_quantization import NESTED, pack_scales, unpack_scales
 
 BLOCK = 64  # weights that share one scale
 # Weights packed or unpacked at a time, to bound memory: on a CPU what fits into its caches, elsewhere more, because
@@ -251,8 +251,8 @@ def unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> T
     packed, absmax, *nested = parts
     if nested:
         scales, values, offset = nested
-        unpack_scales = torch.ops.bitsandbytes.dequantize_blockwise.default
-        absmax = unpack_scales(absmax, scales, values, NESTED, torch.float32) + offset
+        dequantize = torch.ops.bitsandbytes.dequantize_blockwise.default
+        absmax = dequantize(absmax, scales, values, NESTED, torch.float32) + offset
     # As rows of 64, whatever the weight's shape: with AVX-512, bitsandbytes 0.50 uses the wrong scales for a weight
     # whose row length is not a multiple of 64.
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, BLOCK, kind, (len(absmax), BLOCK), dtype)
@@ -261,9 +261,7 @@ def unpack_bitsandbytes(parts: list[Tensor], kind: str, dtype: torch.dtype) -> T
 def unpack_table(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
     packed, absmax, *nested = parts
     if nested:
-        scales, values, offset = nested
-        scales = scales.repeat_interleave(NESTED)[: len(absmax)]
-        absmax = torch.index_select(values, 0, absmax.int()) * scales + offset
+        absmax = unpack_scales(absmax, *nested)
     table, packed = _pairs(kind, packed.device), packed.view(-1, BLOCK // 2)
     weight = torch.empty((len(absmax), BLOCK), dtype=dtype, device=packed.device)
     for part in _chunks(weight):

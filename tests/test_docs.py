@@ -494,7 +494,7 @@ def test_every_metric_is_in_the_document_and_every_one_there_is_a_metric() -> No
 
 def test_every_family_is_in_the_document_with_its_name_in_llama_cpp() -> None:
     table, _, _ = TEXTS["families.md"].partition("## Templates")
-    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| `?(\w+)`? \|", table, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| `?([\w-]+)`? \|", table, re.MULTILINE)
     assert dict(rows) == {name: family.gguf or "no" for name, family in FAMILIES.items()}
 
 

@@ -32,6 +32,12 @@ def pack_scales(absmax: Tensor) -> list[Tensor]:
     return [part.to(device) for part in (codes, nested, dynamic_map(), offset)]
 
 
+def unpack_scales(codes: Tensor, nested: Tensor, values: Tensor, offset: Tensor) -> Tensor:
+    """The inverse, (..., blocks) float32, with a mean and nested scales for each of several weights, and one map."""
+    scales = nested.repeat_interleave(NESTED, dim=-1)[..., : codes.shape[-1]]
+    return torch.index_select(values, 0, codes.flatten().int()).view_as(codes) * scales + offset[..., None]
+
+
 @functools.cache
 def dynamic_map() -> Tensor:
     """256 values in [-1, 1] with more digits near one, more range near zero (Dettmers 2015, 8-bit Approximations)."""

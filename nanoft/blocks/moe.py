@@ -59,18 +59,22 @@ class Experts(nn.Module):
         return logits.topk(self.chosen, dim=-1).indices
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., hidden) -> (..., hidden). Each expert computes all of its tokens at once, which are gathered by expert.
+        """(..., hidden) -> (..., hidden)."""
+        tokens = x.flatten(0, -2)  # (n, hidden)
+        weights, chosen = self.route(tokens)
+        outputs = self.outputs(tokens, chosen)
+        return (outputs * weights[..., None].to(outputs.dtype)).sum(1).to(x.dtype).view_as(x)
+
+    def outputs(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        """expert_e(x) for the experts of each token, (n, k, hidden): each computes its tokens, gathered, at once.
 
         In training, an expert without tokens computes none, so that its parameters have a gradient, zero.
         """
-        tokens = x.flatten(0, -2)  # (n, hidden)
-        weights, chosen = self.route(tokens)
         token, place, counts = self.rows_by_expert(chosen, tokens.dtype)
         inputs = tokens.index_select(0, token).split(counts)
         used = [e for e, count in enumerate(counts) if count or self.training] or [0]
-        outputs = torch.cat([self.experts[e](inputs[e]) for e in used]).index_select(0, place)
-        outputs = outputs.unflatten(0, chosen.shape)  # (n, k, hidden)
-        return (outputs * weights[..., None].to(outputs.dtype)).sum(1).to(x.dtype).view_as(x)
+        outputs = torch.cat([self.experts[e](inputs[e]) for e in used])
+        return outputs.index_select(0, place).unflatten(0, chosen.shape)
 
     def rows_by_expert(self, chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[int]]:
         """A row for each of the n k pairs of token and expert, by expert; `dtype` is that of the tokens.

@@ -82,23 +82,19 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
         merged = parameters[hf_name].detach().float() if parameters else weights.whole(hf_name)
         return to_llama_cpp(merged, hf_name, config).chunk(parts)[part]
 
-    def read_experts(of: str) -> Tensor:  # (experts, out, in)
-        assert config.routing is not None
-        return torch.stack([read(of.format(expert), 0, 1) for expert in range(config.routing.experts)])
+    def read_experts(hf_name: str, part: int, parts: int) -> Tensor:  # (experts, out, in)
+        every = stacked_name(hf_name)
+        return torch.stack([read(every.format(expert), part, parts) for expert in range(experts)])
 
-    new_names, entries = tensor_names(config), list[Entry]()
+    new_names, entries, experts = tensor_names(config), list[Entry](), config.routing.experts if config.routing else 0
     for hf_name, (height, *inner) in shapes.items():
         names = new_names(hf_name)
-        if ".experts." in hf_name:
-            if ".experts.0." in hf_name:  # one tensor for all of a layer
-                form, assembled = _tensor_format(names[0], (height, *inner), dtype, config), stacked_name(hf_name)
-                experts = config.routing.experts if config.routing else 0
-                entries.append((names[0], (experts, height, *inner), form, partial(read_experts, assembled)))
-            continue
         shape = (height // len(names), *inner[-1:])  # without the middle of a convolution's, which is 1
-        for part, name in enumerate(names):
+        stack = (experts,) * (".experts." in hf_name)  # one tensor for all of a layer
+        for part, name in enumerate(names if not stack or ".experts.0." in hf_name else ()):
             form = _tensor_format(name, shape, dtype, config)
-            entries.append((name, shape, form, partial(read, hf_name, part, len(names))))
+            own = partial(read_experts if stack else read, hf_name, part, len(names))
+            entries.append((name, (*stack, *shape), form, own))
     for rope_name, divisors in rope_tensors(config).items():
         entries.append((rope_name, tuple(divisors.shape), "F32", partial(torch.clone, divisors)))
     _write(gguf, writer, entries, out)
@@ -251,7 +247,7 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], list[str]]:
 
     def new_names(name: str) -> list[str]:
         parts = [name.replace("gate_up_proj", part) for part in gated] if ".gate_up_proj." in name else [name]
-        parts = [f"{part}.weight" if part.endswith(".layer_scalar") else part for part in parts]
+        parts = [f"{part}.weight" if part.endswith((".layer_scalar", ".sinks")) else part for part in parts]
         parts = [part.replace(".dt_bias", ".dt_proj.bias") for part in parts]
         parts = [re.sub(r"\.experts\.\d+\.", ".experts.", part) for part in parts]
         spelled = [(file_name(config.family, part), part) for part in parts]
@@ -297,15 +293,14 @@ class GGUFWeights(Rows):
         self.tensors = {name: [stored[part] for part in names(name)] for name in self.shapes}
 
     def read(self, name: str, rows: slice) -> Tensor:
-        if expert := re.search(r"\.experts\.(\d+)\.", name):
-            (stack,) = self.tensors[name]
-            data = stack.data[int(expert[1])][rows]
-            return torch.from_numpy(np.array(self.gguf.quants.dequantize(data, stack.tensor_type)))
-        found, start = [], 0
+        found, start, expert = [], 0, re.search(r"\.experts\.(\d+)\.", name)
+        alternate = self.config.mlp == "interleaved" and ".gate_up_proj." in name  # both have every second row
+        rows = slice(rows.start // 2, rows.stop // 2) if alternate else rows
         for tensor in self.tensors[name]:  # stacked by rows
-            data = tensor.data[max(0, rows.start - start) : max(0, rows.stop - start)]
+            whole = tensor.data[int(expert[1])] if expert else tensor.data
+            data = whole[max(0, rows.start - start) : max(0, rows.stop - start)]
             found += [self.gguf.quants.dequantize(data, tensor.tensor_type)] if len(data) else []
-            start += len(tensor.data)
+            start += 0 if alternate else len(whole)
         return to_llama_cpp(torch.from_numpy(np.concatenate(found)), name, self.config, back=True)
 
 

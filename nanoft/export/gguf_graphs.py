@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,12 @@ YARN: Rule = (
     "rope type yarn: {} supports only beta_fast 32, beta_slow 1 and truncate",
     lambda c: main_rope(c).kind != "yarn" or _turns(main_rope(c).parameters) == (32, 1, True),
 )
+# Without `truncate`, llama.cpp blends otherwise: see `_add_rope`.
+YARN_TURNS: Rule = (
+    "rope type yarn: {} supports only beta_fast 32 and beta_slow 1",
+    lambda c: main_rope(c).kind != "yarn" or _turns(main_rope(c).parameters)[:2] == (32, 1),
+)
+EVERY_SECOND: Rule = ("layer_types: {} has a window in every second layer", lambda c: _period(c) == 2)
 ALL_BIASES: Rule = ("attention_bias: {} has biases", lambda c: c.qkv_bias)
 ALL_EXPERTS: Rule = (
     "mlp_only_layers, decoder_sparse_step: {} has experts in all layers",
@@ -136,6 +142,7 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "granite": Graph((ALL_OR_NONE, WHOLE_HEAD, NO_GROWTH, YARN), WITH_LLAMA3, pairs=True, scales=GRANITE),
     "seed_oss": Graph((*USUAL, QKV_BIASES)),
     "gpt2": Graph(()),
+    "gpt-oss": Graph((ALL_ROTATE, WHOLE_HEAD, NO_GROWTH, YARN_TURNS, ALL_BIASES, UNTIED, EVERY_SECOND), windows=True),
     "gptneox": Graph((NO_GROWTH, ALL_BIASES, UNTIED), ("default", "dynamic")),
     "mistral3": Graph((ALL_ROTATE, WHOLE_HEAD, YARN), pairs=True, scales=GROWTH),
 }
@@ -240,6 +247,10 @@ def _add_rope(writer: Any, c: DecoderConfig) -> list[str]:
         factor = rope.angles(c.head_dim)[1]  # llama.cpp's yarn also multiplies by its own factor
         own = 0.1 * math.log(rope.parameters["factor"]) + 1.0 if rope.kind == "yarn" else 1.0
         writer.add_rope_scaling_attn_factors(factor / own)
+    if rope.kind == "yarn" and not _turns(rope.parameters)[2]:
+        rounded = replace(rope, parameters={**rope.parameters, "truncate": True})
+        change = float((rounded.angles(c.head_dim)[0] / rope.angles(c.head_dim)[0] - 1).abs().max())
+        return [f"rope type yarn: llama.cpp rounds its limits (truncate): frequencies change by up to {change:.0%}"]
     if rope.kind != "longrope":
         return []
     return [f"rope type longrope: llama.cpp uses the long factors if its context (-c) exceeds {rope.context} tokens"]
@@ -267,7 +278,7 @@ def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = 
     """Convert a tensor of Hugging Face files, (heads * head_dim, ...), to llama.cpp's convention, or back.
 
     Weights of norms include their offset. Within each head, the rows of q and k change from (first half, second half)
-    to pairs of neighbors if the graph rotates these. Interleaved q, k, v become all q, all k, all v.
+    to pairs of neighbors if the graph rotates these. Interleaved q, k, v become all q, all k, all v; so do gate and up.
     """
     if tensor.dim() == 3 or (back and re.search(r"\.conv(1d|\.conv)\.", name)):  # a convolution of each channel
         tensor = tensor[:, None] if back else tensor[:, 0]
@@ -276,6 +287,8 @@ def to_llama_cpp(tensor: Tensor, name: str, config: DecoderConfig, back: bool = 
     if config.qkv == "interleaved" and ".qkv_proj." in name:
         sizes = (3, config.num_heads) if back else (config.num_heads, 3)
         return tensor.unflatten(0, (*sizes, config.head_dim)).transpose(0, 1).flatten(0, 2)
+    if config.mlp == "interleaved" and ".gate_up_proj." in name:
+        return tensor.unflatten(0, (2, -1) if back else (-1, 2)).transpose(0, 1).flatten(0, 1)
     if config.norm_offset and name.endswith("norm.weight"):
         return tensor + (-config.norm_offset if back else config.norm_offset)
     is_rotated = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name

@@ -11,6 +11,7 @@ TRITON_INTERPRET=1 they run on a CPU, slowly, for tests without a GPU.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -64,11 +65,16 @@ def unpack_4bit_kernel(
     tl.store(out + at, weight.to(out.dtype.element_ty), inside[:, None])
 
 
+@functools.cache
+def code_points(kind: str, device: torch.device) -> Tensor:
+    return torch.tensor(CODES[kind], dtype=torch.float32, device=device)  # a copy, for which the CPU would wait
+
+
 def unpack_4bit(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
     """The weight of packed parts, (blocks, 64), as `nanoft.nf4.unpack_table` makes it: points[code] * scale."""
     packed, absmax, *nested = parts
     scales, values, offset = nested or (absmax, absmax, absmax)
-    points = torch.tensor(CODES[kind], dtype=torch.float32, device=packed.device)
+    points = code_points(kind, packed.device)
     out = torch.empty((len(absmax), BLOCK), dtype=dtype, device=packed.device)
     unpack_4bit_kernel[(triton.cdiv(len(absmax), BLOCKS),)](
         packed, absmax, scales, values, offset, points, out, len(absmax), BLOCK, NESTED if nested else 0, BLOCKS,

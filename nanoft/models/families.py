@@ -367,7 +367,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", moe.qwen3_moe, *moe.QWEN3_MOE),
-    "gpt_oss": Family("GptOssForCausalLM", moe.gpt_oss, moe.GPT_OSS, None, moe.GPT_OSS_ONLY, stacked=True),
+    "gpt_oss": Family("GptOssForCausalLM", moe.gpt_oss, moe.GPT_OSS, "gpt-oss", moe.GPT_OSS_ONLY, stacked=True),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY

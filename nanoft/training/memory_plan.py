@@ -184,7 +184,9 @@ def estimate_memory(
     head = 0 if scored or counts.trains_head else table  # whole on each rank, if it is frozen
     lookup = 0 if decoder.tied and not scored else table  # gathered for a moment only
     gathered = 2 * linears / decoder.num_layers + stored * (counts.others - head - lookup)  # this block, the next, rest
-    unpacked = decoder.hidden_size * max(width for width, _ in widths) * e * (bits < 16)  # the largest weight
+    # of all experts at once, as one matrix of gate and up where they are one
+    at_once = r.experts * (1 + (decoder.mlp == "interleaved")) if r and device_type == "cuda" else 1
+    unpacked = at_once * decoder.hidden_size * max(width for width, _ in widths) * e * (bits < 16)  # the largest weight
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
     windowed = any((w or length) < length for w in decoder.windows)

@@ -39,7 +39,7 @@ from nanoft.generation.generate import generate
 from nanoft.metrics.rewards import Prompt
 from nanoft.models import families
 from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
-from tiny_models import CASES, LLAMA3, make_chat_model, make_packed
+from tiny_models import CASES, LLAMA3, YARN, make_chat_model, make_packed
 
 CPU = torch.device("cpu")
 
@@ -75,6 +75,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "olmo3": {"layer_types": KINDS},
     "granite": {"attention_bias": True, "mlp_bias": True},
     "qwen3_5_text": {"linear_key_head_dim": 32},
+    "gpt_oss": {"rope_parameters": {**YARN, "factor": 32.0}},
 }
 GRAPHS = {
     name: CHANGES.get(name, {})
@@ -416,6 +417,8 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
             {"attention_out_bias": True},
             "attention_out_bias, mlp_bias: llama.cpp's seed_oss has no such biases",
         ),
+        ("gpt_oss", {"layer_types": [FULL, SLIDING, FULL]}, "layer_types: llama.cpp's gpt-oss has a window in every"),
+        ("gpt_oss", {"rope_parameters": {**YARN, "beta_slow": 2}}, "rope type yarn: llama.cpp's gpt-oss supports only"),
     ],
 )
 def test_what_the_graph_of_a_family_does_not_have_is_refused(
@@ -439,6 +442,21 @@ def test_the_context_of_llama_cpp_chooses_the_factors_of_longrope(tmp_path: Path
     assert (logits(short, IDS) - logits(opened.model, IDS)).abs().max() < 1e-4
     assert (logits(long, ids) - logits(opened.model, ids)).abs().max() < 1e-4
     assert (logits(long, IDS) - logits(opened.model, IDS)).abs().max() > 0.1
+
+
+def test_llama_cpp_rounds_the_limits_of_gpt_oss(tmp_path: Path) -> None:
+    """It computes what the model would with `truncate`; the note says so."""
+    for name, truncate in (("real", False), ("rounded", True)):
+        rope = {**YARN, "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": truncate}
+        make_family("gpt_oss", tmp_path / name, rope_parameters=rope)
+    real, rounded = (open_model(str(tmp_path / name), CPU, torch.float32) for name in ("real", "rounded"))
+    chat = open_chat_tokenizer(str(tmp_path / "real"), real)
+    (note,) = write_gguf(real, chat, "x", "f32", "original", tmp_path / "model.gguf")
+    ratio = rounded.model.config.ropes[0].angles(16)[0] / real.model.config.ropes[0].angles(16)[0]  # type: ignore[union-attr]
+    assert f"frequencies change by up to {(ratio - 1).abs().max():.0%}" in note
+    llama, ids = in_llama_cpp(tmp_path / "model.gguf"), IDS * 4
+    assert (logits(llama, ids) - logits(rounded.model, ids)).abs().max() < 1e-3
+    assert (logits(llama, ids) - logits(real.model, ids)).abs().max() > 0.01
 
 
 def test_granite_without_a_rope_does_not_rotate(tmp_path: Path) -> None:

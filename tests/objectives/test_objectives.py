@@ -30,11 +30,12 @@ from runs import (
 )
 from safetensors.torch import load_file
 from tiers import rest_is_slow
+from tiny_families import make_family
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 
 import nanoft.model
 import train
-from nanoft.kernels import attention
+from nanoft.kernels import attention, experts
 from nanoft.objectives import OBJECTIVES, reference
 from nanoft.training import self_test
 from tiny_models import make_chat_model, write_records
@@ -102,7 +103,7 @@ class Waits(TorchDispatchMode):
         name = func.overloadpacket.__name__
         indices = args[1] if name == "index" else ()
         by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
-        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select"):
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "bincount"):
             self.found.append(f"{name} in {caller()}")
         return func(*args, **(kwargs or {}))
 
@@ -112,7 +113,24 @@ class Waits(TorchDispatchMode):
 def test_no_micro_batch_waits_for_the_device(
     objective: str, packed: bool, root: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """Forward and backward of a micro-batch, after its tensors are on the device."""
+    found = waits_of_a_run(objective, root, tmp_path, monkeypatch, **(PACKED if packed else {}))
+    assert not found, "\n".join(sorted({*found}))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_grouped_products_of_experts_wait_for_nothing(
+    grouped: bool, root: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Where there is a kernel for them; the loop waits for the number of rows of each expert."""
+    make_family("qwen3_moe", tmp_path / "base")
+    monkeypatch.setattr(experts, "has_grouped_products", lambda device, dtype: grouped and dtype == torch.float32)
+    adapted = {"model__name": tmp_path / "base", "lora__target_modules": "all-linear", "lora__dropout": 0.1}
+    found = waits_of_a_run("sft", root, tmp_path, monkeypatch, **adapted)
+    assert {place.rpartition("/")[2].partition(":")[0] for place in found} == (set() if grouped else {"moe.py"})
+
+
+def waits_of_a_run(objective: str, root: Path, tmp_path: Path, monkeypatch: Patch, **changes: Any) -> list[str]:
+    """Those of forward and backward of each micro-batch, after its tensors are on the device."""
     waits, batches = Waits(monkeypatch), []
     loss, backward, grouping = OBJECTIVES[objective].loss, torch.Tensor.backward, attention.group_documents
 
@@ -132,12 +150,12 @@ def test_no_micro_batch_waits_for_the_device(
     monkeypatch.setattr(attention, "group_documents", on_cpu)
     monkeypatch.setattr(OBJECTIVES[objective], "loss", counted_loss)
     monkeypatch.setattr(torch.Tensor, "backward", counted_backward)
-    changes = {**SHORT, **(PACKED if packed else {}), "training__max_steps": 2}
+    changes = {**SHORT, **changes, "training__max_steps": 2}
     if OBJECTIVES[objective].learns == "turns":
         changes["data__train_file"] = write_records(tmp_path / "chats.jsonl")
     assert train.main(on(root, tmp_path / "run", objective, **changes)) == 0
     assert batches
-    assert not waits.found, "\n".join(sorted({*waits.found}))
+    return waits.found
 
 
 # --- one gradient
