@@ -96,6 +96,10 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"no_rope_layers": [0, 1, 1], "head_dim": 20, "tie_word_embeddings": False, "attention_bias": True},
     ],
     "granite": [GRANITE, {**GRANITE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
+    "exaone4": [
+        {"sliding_window": None, "layer_types": [FULL] * 3, "rope_parameters": LLAMA3},
+        {"sliding_window": 8, "num_hidden_layers": 5, "head_dim": 24, "tie_word_embeddings": True},
+    ],
     "gpt2": [GPT2, {**GPT2, "n_inner": 192, "num_attention_heads": 2, "tie_word_embeddings": False}],
     "gpt_neox": [
         {},

@@ -60,6 +60,10 @@ PERIODIC: Rule = (
     lambda c: set(c.windows) == {None} or _period(c) is not None,
 )
 WINDOWS: Rule = ("sliding_window: {} requires layers with a window", lambda c: set(c.windows) != {None})
+OF_32B: Rule = (
+    "sliding_window: {} has a window of 4096 in three of four layers if there are 64, otherwise none",
+    lambda c: c.windows == ((4096,) * 3 + (None,)) * 16 if c.num_layers == 64 else set(c.windows) == {None},
+)
 LOCAL_ROPE: Rule = (
     "rope_parameters: {} does not scale positions in layers with a window",
     lambda c: all(rope and rope.kind == "default" for rope, w in zip(c.ropes, c.windows, strict=True) if w),
@@ -138,6 +142,7 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "gemma4": Graph((*GEMMA, LOCAL_ROPE), ("default", "proportional"), windows=True, scales=FINAL_CAP),
     "phi3": Graph((ALL_ROTATE, NO_GROWTH, SQUARE), ("default", "longrope"), fused=True),
     "olmo2": Graph((*USUAL, NO_BIASES, UNTIED, SQUARE, PERIODIC, LOCAL_ROPE, ONE_THETA), windows=True),
+    "exaone4": Graph((WHOLE_HEAD, NO_GROWTH, YARN, OF_32B), WITH_LLAMA3, windows=True),
     "smollm3": Graph((FOURTH_NOT, WHOLE_HEAD, NO_GROWTH, YARN), pairs=True),
     "granite": Graph((ALL_OR_NONE, WHOLE_HEAD, NO_GROWTH, YARN), WITH_LLAMA3, pairs=True, scales=GRANITE),
     "seed_oss": Graph((*USUAL, QKV_BIASES)),

@@ -12,14 +12,13 @@ SIZES_OF_EXPERTS = dict.fromkeys(("num_experts", "num_local_experts", "num_exper
 SIZES_OF_EXPERTS["moe_intermediate_size"] = 1 << 20
 # Fields that are read, besides those of all families.
 MOE = "attention_bias sliding_window num_experts num_local_experts num_experts_per_tok router_aux_loss_coef".split()  # noqa: SIM905
-_QWEN3_MOE = (*MOE, "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob",
-              "use_sliding_window", "max_window_layers")  # fmt: skip
+QWEN3_MOE = (*MOE, "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob",
+             "use_sliding_window", "max_window_layers")  # fmt: skip
 GPT_OSS = (*MOE, "layer_types", "experts_per_token", "initial_context_length")
 # The auxiliary loss is a product of means over all tokens of a step, and therefore not a sum over micro-batches.
 NO_AUXILIARY_LOSS: dict[str, tuple[Any, ...]] = {"output_router_logits": (False,)}
 GPT_OSS_ONLY = {**NO_AUXILIARY_LOSS, "swiglu_limit": (7.0,), "swiglu_alpha": (1.702,)}
-# Fields that are read, the name in llama.cpp, values that are supported, names of fields and of tensors.
-QWEN3_MOE: Any = (_QWEN3_MOE, "qwen3moe", NO_AUXILIARY_LOSS, {}, (("mlp.gate", "mlp.router"),))
+ROUTER = (("mlp.gate", "mlp.router"),)  # its name in files of Qwen3-MoE
 
 
 def read_routing(

@@ -20,7 +20,16 @@ from nanoft.blocks.rope import Rope
 from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig
 from nanoft.models import classics, gemma4, recurrent
-from nanoft.models import expert_families as moe
+from nanoft.models.expert_families import (
+    GPT_OSS,
+    GPT_OSS_ONLY,
+    NO_AUXILIARY_LOSS,
+    QWEN3_MOE,
+    ROUTER,
+    SIZES_OF_EXPERTS,
+    gpt_oss,
+    qwen3_moe,
+)
 from nanoft.models.layer_fields import (
     KINDS,
     ROPE_FIELDS,
@@ -77,7 +86,7 @@ SCORES = "ForSequenceClassification"  # the end of an architecture's name, inste
 MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13, "n_positions": 1 << 24,
-    **moe.SIZES_OF_EXPERTS, "linear_num_key_heads": 1 << 12, "linear_num_value_heads": 1 << 12,
+    **SIZES_OF_EXPERTS, "linear_num_key_heads": 1 << 12, "linear_num_value_heads": 1 << 12,
     "linear_key_head_dim": 1 << 13, "linear_value_head_dim": 1 << 13, "linear_conv_kernel_dim": 256,
     "conv_L_cache": 256,
 }  # fmt: skip
@@ -93,8 +102,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     wrapped, hf = text_fields(hf) is not hf, standard_fields(hf)
     for name, most in MOST.items():  # before anything of that size is allocated
         value, may_be_null = hf.get(name, 1), name.startswith(("num_key", "head_dim", "n_pos", "num_experts", "moe_"))
-        # Granite 4 may have no experts
-        least = 0 if name in moe.SIZES_OF_EXPERTS and hf.get("shared_intermediate_size") else 1
+        least = 0 if name in SIZES_OF_EXPERTS and hf.get("shared_intermediate_size") else 1  # Granite 4 may have none
         if not (value is None and may_be_null) and (type(value) is not int or not least <= value <= most):
             raise UserError(f"{name}: {value!r:.60} is not a whole number from {least} to {most:,}")
     family = find_family(hf)
@@ -307,6 +315,14 @@ def _olmo3(hf: Fields) -> dict[str, Any]:
     return {**_olmo2(hf), "windows": windows, "ropes": read_ropes({"rope_theta": 5e5, **hf}, windows, local)}
 
 
+def _exaone4(hf: Fields) -> dict[str, Any]:
+    """In models in which three of four layers attend within a window only, the others do not rotate."""
+    hybrid, every = hf.get("sliding_window", 4096) is not None, hf.get("sliding_window_pattern") or 4
+    windows = window_but_every(every, hf, 4096) if hybrid else (None,) * hf["num_hidden_layers"]
+    ropes = rope_in_some(read_rope(hf), [window is not None or not hybrid for window in windows])
+    return {"norms": "output", "qk_norm": "head", "windows": windows, "ropes": ropes}
+
+
 def _smollm3(hf: Fields) -> dict[str, Any]:
     """Every fourth layer does not rotate."""
     n, rope = hf.get("no_rope_layer_interval") or 4, read_rope({"rope_theta": 2e6, **hf})
@@ -366,8 +382,8 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), "mistral3", {"sliding_window": ()}),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", moe.qwen3_moe, *moe.QWEN3_MOE),
-    "gpt_oss": Family("GptOssForCausalLM", moe.gpt_oss, moe.GPT_OSS, "gpt-oss", moe.GPT_OSS_ONLY, stacked=True),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe, QWEN3_MOE, "qwen3moe", NO_AUXILIARY_LOSS, names=ROUTER),
+    "gpt_oss": Family("GptOssForCausalLM", gpt_oss, GPT_OSS, "gpt-oss", GPT_OSS_ONLY, stacked=True),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
@@ -377,6 +393,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, "phi3", NO_DROPOUT),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), "olmo2"),
     "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), "olmo2"),
+    "exaone4": Family("Exaone4ForCausalLM", _exaone4, (*WINDOWS, "sliding_window_pattern"), "exaone4"),
     "smollm3": Family(
         "SmolLM3ForCausalLM", _smollm3, (*BIASES, *QWEN, "no_rope_layers", "no_rope_layer_interval"), "smollm3"
     ),

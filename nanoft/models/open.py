@@ -29,7 +29,14 @@ from nanoft.io.tensor_files import load_tensors
 from nanoft.io.untrusted import read_json
 from nanoft.lora import inject_lora
 from nanoft.model import Decoder
-from nanoft.models.adapter_files import as_plain_lora, fit_experts, load_adapter_tensors, read_adapter, vocabulary_of
+from nanoft.models.adapter_files import (
+    NOTE,
+    as_plain_lora,
+    fit_experts,
+    load_adapter_tensors,
+    read_adapter,
+    vocabulary_of,
+)
 from nanoft.models.model_files import ModelFiles, Quantization, find_model, quantization_of
 from nanoft.models.weights import add_score, grow_vocabulary, load_model
 from nanoft.runtime.device import DTYPES
@@ -216,7 +223,7 @@ def _read_adapter_directory(path: Path, other_base: str | None) -> TrainedAdapte
         quantization = ({"nf4": "nf4", "fp4": "fp4", "int8": "int8"}[q["type"]], bool(q["double"])) if q else None
         trained_in = DTYPES[note.get("dtype", "float32")]
     except (KeyError, TypeError):
-        raise UserError(f"{path}/nanoft.json: corrupted: copy the adapter again") from None
+        raise UserError(f"{path / NOTE}: corrupted: copy the adapter again") from None
     base_sha256 = note.get("base_sha256")
     return TrainedAdapter(path, base, base_name, tokenizer, lora, tensors, quantization, trained_in, base_sha256)
 

@@ -411,6 +411,11 @@ SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
         ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings: llama.cpp's olmo2 needs a separate head"),
         ("olmo3", {"rope_parameters": {SLIDING: PLAIN, FULL: {**PLAIN, "rope_theta": 5e5}}}, "rope_theta: .* one"),
         ("qwen3_5_text", {"linear_key_head_dim": 24}, "linear_value_head_dim: llama.cpp's qwen35 requires linear_key"),
+        (
+            "exaone4",
+            {"sliding_window": 8, "layer_types": KINDS},
+            "sliding_window: llama.cpp's exaone4 has a window of 4096 in three",
+        ),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers: llama.cpp's smollm3 rotates in all .* fourth"),
         (
             "seed_oss",
@@ -464,6 +469,15 @@ def test_granite_without_a_rope_does_not_rotate(tmp_path: Path) -> None:
     opened = open_model(str(tmp_path), CPU, torch.float32)
     written = write((opened, open_chat_tokenizer(str(tmp_path), opened)), tmp_path / "model.gguf")
     assert (logits(in_llama_cpp(written), IDS) - logits(opened.model, IDS)).abs().max() < 1e-4
+
+
+def test_64_layers_of_exaone_have_windows(tmp_path: Path) -> None:
+    """As in its 32B: of four layers three have a window of 4096, and only they rotate."""
+    deep = {"num_hidden_layers": 64, "sliding_window": 4096, "layer_types": None}
+    make_family("exaone4", tmp_path, **deep, hidden_size=32, head_dim=8, intermediate_size=32)
+    opened = open_model(str(tmp_path), CPU, torch.float32)
+    written = write((opened, open_chat_tokenizer(str(tmp_path), opened)), tmp_path / "model.gguf")
+    assert (logits(in_llama_cpp(written), IDS) - logits(opened.model, IDS)).abs().max() < 1e-3
 
 
 def test_a_family_that_llama_cpp_does_not_have_is_refused_in_one_line(

@@ -284,6 +284,7 @@ CLOSE: list[tuple[str, dict[str, object], str]] = [
     ("phi3", {"original_max_position_embeddings": -5}, "original_max_position_embeddings: -5 is not a positive"),
     ("smollm3", {"no_rope_layers": [0] * 3}, "no_rope_layers, layer_types: .* at least one"),
     ("smollm3", {"no_rope_layers": "abc"}, "no_rope_layers, layer_types: 'abc': at least one layer must rotate"),
+    ("exaone4", {"layer_types": ["full_attention"] * 3}, "no_rope_layers, layer_types: .* at least one"),
     ("granite", {"residual_multiplier": "a"}, "residual_multiplier: 'a' is not a positive number"),
     ("granite", {"embedding_multiplier": None}, "embedding_multiplier: None is not a positive number"),
     ("granite", {"attention_multiplier": math.nan}, "attention_multiplier: nan is not a positive number"),
