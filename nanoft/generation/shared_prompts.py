@@ -72,9 +72,9 @@ class SharedPrompts:
         """Tensors for steps with these sequences; `empty`: of each, the slots before its own first token."""
         prompts = [max(0, prompt) for prompt in self.prompts]  # sequences that share none see no slot of the first
         members = [[s for s, own in enumerate(prompts) if own == prompt] for prompt in range(len(self.lengths))]
-        most, places = max(map(len, members)), [members[prompt].index(s) for s, prompt in enumerate(prompts)]
-        self.members = self._tensor([[*own, *own[:1] * (most - len(own))] for own in members])  # (p, c)
-        self.prompt, self.place = self._tensor(prompts), self._tensor(places)  # (b,): where a sequence is in it
+        c = max(map(len, members))
+        self.members = self._tensor([[*own, *own[:1] * (c - len(own))] for own in members]).flatten()  # (p c,)
+        self.places = self._tensor([prompt * c + members[prompt].index(s) for s, prompt in enumerate(prompts)])  # (b,)
         slots = max(self.lengths)
         before = slots - torch.arange(slots, device=self.device)  # positions from a slot to the first one after it all
         self.filled = before <= self._tensor(self.prefix_lengths)[:, None]  # (b, slots)
@@ -85,11 +85,12 @@ class SharedPrompts:
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """(b, g, r, n) as (p, g, c r, n): the rows of all sequences of a prompt together."""
-        return x[self.members].transpose(1, 2).flatten(2, 3)
+        return x.index_select(0, self.members).unflatten(0, (len(self.lengths), -1)).transpose(1, 2).flatten(2, 3)
 
     def by_sequence(self, x: Tensor) -> Tensor:
         """(p, g, c r, n) as (b, g, r, n)."""
-        return x.unflatten(2, (self.members.shape[1], -1))[self.prompt, :, self.place]
+        x = x.unflatten(2, (len(self.members) // len(x), -1)).transpose(1, 2)  # (p, c, g, r, n)
+        return x.flatten(0, 1).index_select(0, self.places)
 
 
 class SharedPromptContext(SequenceContext):
