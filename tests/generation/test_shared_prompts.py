@@ -100,8 +100,8 @@ def test_attention_is_the_formula_over_prompt_and_answer(
     keys, values = ({7: torch.nn.utils.rnn.pad_sequence(one, True, 0.0, "left").transpose(1, 2)} for one in parts)
     shared = SharedPrompts(CPU)
     for number, own in enumerate([[0], [1]]):  # one after the other
-        some = ({7: cache[7][own][:, :, 5 - lengths[number] :]} for cache in (keys, values))
-        shared.add(*some, [lengths[number]], [])
+        some_keys, some_values = ({7: cache[7][own][:, :, 5 - lengths[number] :]} for cache in (keys, values))
+        shared.add(some_keys, some_values, [lengths[number]], [])
     shared.prompts = prompts
     shared.prepare(empty)
     q, k, v, sinks = drawn(5, 1, 4, 8), drawn(5, 1, 2, 8), drawn(5, 1, 2, 8), drawn(4) if has_sinks else None
