@@ -328,8 +328,8 @@ class Planner:
         new, group = self.config.sampled_tokens, self.config.rl.group_size if self.config.rl.reward else 1
         slots = 2.0 * sum(o.num_kv_heads * o.head_dim for o in c.by_layer if o.source is None) * e
         slots *= new + (length - new) / group  # of an answer, and its part of the prompt
-        # logits, at a temperature, their softmax and its sums; with top_p also sorted
-        logits = c.vocab_size * (e + 16.0 + 16.0 * (self.config.rl.top_p < 1))
+        # in float32: logits, at a temperature, their softmax and its sums; with top_p also sorted
+        logits = c.vocab_size * (16.0 + 16.0 * (self.config.rl.top_p < 1))
         needed = answers / self.config.system.ranks * (slots + logits)
         if self.config.model.base_device == "host":
             return needed

@@ -348,7 +348,7 @@ def test_sampling_holds_each_prompt_of_a_step_once(tmp_path: Path) -> None:
     decoding.join([[3, 1, 4, 1, 5]] * 4 + [[9, 2, 6, 5, 3]] * 4, 6)
     caches = decoding.keys, decoding.values, decoding.shared.keys, decoding.shared.values
     measured = sum(tensor.untyped_storage().nbytes() for cache in caches for tensor in cache.values())
-    logits = 8 * planner.decoder.vocab_size * (4 + 16)
+    logits = 8 * planner.decoder.vocab_size * 16
     assert planner.sampling_bytes(5 + 6, config, room=0.0) == measured + logits
 
 
