@@ -153,11 +153,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores, sin
     if cap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
     k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-    s = soft_cap(scale * (q @ k.transpose(2, 3)), cap).masked_fill(~mask, -torch.inf)
+    return (attention_weights(scale * (q @ k.transpose(2, 3)), mask, cap, sinks) @ v).transpose(1, 2)
+
+
+def attention_weights(s: Tensor, mask: Tensor, cap: float | None, sinks: Tensor | None) -> Tensor:
+    """The softmax of scores s = scale q k^T, (b, h, q, k), with mask, cap and sinks as above."""
+    s, keys = soft_cap(s, cap).masked_fill(~mask, -torch.inf), s.shape[3]
     if sinks is not None:
         s = torch.cat((s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)), dim=-1)
-    p = s.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return (p[..., : k.shape[2]] @ v).transpose(1, 2)
+    return s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)[..., :keys]
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:

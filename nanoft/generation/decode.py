@@ -6,7 +6,8 @@ position per sequence. Both run the blocks of nanoft/model.py; only their contex
     k, v of the new position go into the cache;  y = softmax(q K^T / sqrt(d)) V  over the cache
 
 All sequences end in the same slot of the cache, so that their next tokens share a slot; the slots before a shorter
-sequence are empty and masked. Sequences whose answer has ended leave, and new prompts take their places.
+sequence are empty and masked. Sequences whose answer has ended leave, and new prompts take their places. If prompts
+that join together are equal, these stand apart from the answers, once each (nanoft/generation/shared_prompts.py).
 
 Notation in comments: b sequences, h query heads, g key/value heads, d head size, n hidden size.
 """
@@ -24,6 +25,7 @@ from nanoft import kernels
 from nanoft.attention import AttentionLayer, CacheContext, Documents, SequenceContext, soft_cap
 from nanoft.blocks import per_layer
 from nanoft.blocks.recurrence import Kept
+from nanoft.generation.shared_prompts import SharedPromptContext, SharedPrompts
 from nanoft.kernels import sharding, streaming
 from nanoft.kernels.decode import FastCacheContext, choose_build, prepacked, twin
 from nanoft.model import Decoder
@@ -54,7 +56,8 @@ class Decoding:
     def __init__(self, model: Decoder):
         self.model, self.device = model, model.device
         self.length = self.slots = 0  # slots in use, and allocated
-        self.empty: list[int] = []  # slots before each prompt
+        self.empty: list[int] = []  # slots before the first token of each sequence
+        self.shared = SharedPrompts(self.device)
         self.keys, self.values = dict[int, Tensor](), dict[int, Tensor]()  # by layer, (b, g, slots, d)
         self.kept: Kept = {}  # of layers without attention, (b, ...)
         self.ropes = [rope for rope in model.config.distinct_ropes if rope.depends_on_length]
@@ -86,27 +89,32 @@ class Decoding:
     def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
         """Add prompts, none of them empty, to the batch, so that they end in the same slot as its sequences.
 
-        At most `more` tokens may follow each sequence. A prompt that occurs several times is read once. Returns the
-        last hidden state of each prompt, (prompts, n).
+        At most `more` tokens may follow each sequence. If a prompt occurs several times, each is read and kept once,
+        apart from its sequences. Returns the last hidden state of each prompt, (prompts, n).
         """
         numbers = dict[tuple[int, ...], int]()  # of the distinct prompts
-        copies = torch.tensor([numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts])
-        copies = copies.to(self.device)
-        longest = max(map(len, prompts))
-        length = max(self.length, longest)
+        copies = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+        own, distinct = [len(prompt) for prompt in prompts], list(numbers)
+        hidden, keys, values, states = self._read(distinct)
+        if len(distinct) < len(prompts):
+            self.shared.add(keys, values, [len(prompt) for prompt in distinct], copies)
+            keys, values = ({layer: part[copies, :, :0] for layer, part in cache.items()} for cache in (keys, values))
+            own = [0] * len(prompts)
+        else:
+            self.shared.prompts += [-1] * len(prompts)
+        length = max(self.length, *own)
         before = length - self.length  # slots by which the sequences in the batch move
 
         def append(old: Tensor, new: Tensor) -> Tensor:
-            both = new.new_zeros(len(old) + len(copies), new.shape[1], length + more, new.shape[3])
+            both = new.new_zeros(len(old) + len(new), new.shape[1], length + more, new.shape[3])
             both[: len(old), :, before:length] = old[:, :, : self.length]
-            both[len(old) :, :, length - longest : length] = new[copies]
+            both[len(old) :, :, length - new.shape[2] : length] = new
             return both
 
-        hidden, keys, values, states = self._read(list(numbers))
         for cache, read in ((self.keys, keys), (self.values, values)):
             cache |= {layer: append(cache.get(layer, new[:0]), new) for layer, new in read.items()}
         self.kept |= {key: torch.cat((self.kept.get(key, new[:0]), new[copies])) for key, new in states.items()}
-        self.empty = [empty + before for empty in self.empty] + [length - len(prompt) for prompt in prompts]
+        self.empty = [empty + before for empty in self.empty] + [length - tokens for tokens in own]
         self.length, self.slots = length, length + more
         self.read += [list(prompt) for prompt in prompts]
         self._prepare_slots()
@@ -142,11 +150,14 @@ class Decoding:
     def _prepare_slots(self) -> None:
         """For every slot of every sequence, its rotation and whether it holds a token."""
         slots, empty = torch.arange(self.slots), torch.tensor(self.empty)[:, None]
-        most = self.model.config.positions or self.slots  # a finished answer may grow for a few more steps
-        self.positions = (slots - empty).clamp(0, most - 1).to(self.device)  # (b, slots)
+        first = torch.tensor(self.shared.prefix_lengths)[:, None] - empty  # the position of slot 0
+        most = self.model.config.positions  # learned ones: a finished answer may grow for a few more steps
+        self.positions = (first + slots).clamp(0, most - 1 if most else None).to(self.device)  # (b, slots)
         dtype = next(iter(self.values.values()), self.model.head).dtype
-        rotations = self.model.rotations(self.positions, dtype, self.length - empty.to(self.device))
+        rotations = self.model.rotations(self.positions, dtype, (first + self.length).to(self.device))
         self.tables = self.context_class.tables(rotations, (slots >= empty).to(self.device))
+        if self.shared.lengths:
+            self.shared.prepare(self.empty)
 
     def step(self, newest: Tensor) -> Tensor:
         """Append one token to each sequence, (b,); the new hidden states, (b, n).
@@ -158,9 +169,10 @@ class Decoding:
             self.read = [[*tokens, new] for tokens, new in zip(self.read, newest.tolist(), strict=True)]
             if any(rope.changes_at(len(tokens)) for rope in self.ropes for tokens in self.read):
                 sequences, more = self.read, self.slots - self.length - 1
-                self.keys, self.values, self.kept, self.empty, self.read, self.length = {}, {}, {}, [], [], 0
+                self.keep([])
                 return self.join(sequences, more)
-        context = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty), self.kept)
+        cache = self.context_class(self.tables, self.keys, self.values, self.length, max(self.empty), self.kept)
+        context = SharedPromptContext(cache, self.shared) if self.shared.lengths else cache
         x: Any = self.model.embed(newest[:, None], self.positions[:, self.length : self.length + 1])  # (b, 1, n)
         context.tensors |= per_layer.embeddings(self.model.model, newest[:, None], x)
         self.length += 1
@@ -175,6 +187,7 @@ class Decoding:
         for cache in (self.keys, self.values):
             cache |= {layer: part[chosen, :, cut:] for layer, part in cache.items()}
         self.kept = {key: state[chosen] for key, state in self.kept.items()}
+        self.shared.keep(sequences)
         self.empty = [self.empty[sequence] - cut for sequence in sequences]
         self.read = [self.read[sequence] for sequence in sequences]
         self.length, self.slots = self.length - cut, self.slots - cut

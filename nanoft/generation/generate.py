@@ -5,7 +5,7 @@ pass adds one token to every answer; finished answers leave the batch and waitin
 long answer does not hold up the batch.
 
 `generate` returns all answers when they are complete; `stream` yields the new tokens of each step. A prompt that
-occurs several times among those that join together is read once.
+occurs several times among those that join together is read once, and its keys and values are kept once.
 """
 
 from __future__ import annotations

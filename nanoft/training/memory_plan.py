@@ -327,16 +327,18 @@ class Planner:
         return replace(plan, parts={**plan.parts, "sampling": max(0.0, sampling - held)})
 
     def sampling_bytes(self, length: int, settled: Config, room: float) -> float:
-        """Keys and values of the answers of a step, in buffers of the final size, and their logits.
+        """Keys and values of the answers of a step, in buffers of the final size, and of each prompt once; logits.
 
         If there is room, also copies of the weights: unpacked, or on a CPU in another order (nanoft/kernels/decode.py).
         """
         if not self.config.sampled_tokens:
             return 0.0
         c, e, answers = self.decoder, self.machine.dtype.itemsize, self.config.effective_batch_size()
-        slots = 2.0 * sum(o.num_kv_heads * o.head_dim for o in c.by_layer if o.source is None) * length * e
-        # logits, at a temperature, their softmax and its sums; with top_p also sorted
-        logits = c.vocab_size * (e + 16.0 + 16.0 * (self.config.rl.top_p < 1))
+        new, group = self.config.sampled_tokens, self.config.rl.group_size if self.config.rl.reward else 1
+        slots = 2.0 * sum(o.num_kv_heads * o.head_dim for o in c.by_layer if o.source is None) * e
+        slots *= new + (length - new) / group  # of an answer, and its part of the prompt
+        # in float32: logits, at a temperature, their softmax and its sums; with top_p also sorted
+        logits = c.vocab_size * (16.0 + 16.0 * (self.config.rl.top_p < 1))
         needed = answers / self.config.system.ranks * (slots + logits)
         if self.config.model.base_device == "host":
             return needed

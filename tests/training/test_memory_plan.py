@@ -19,6 +19,7 @@ from shapes import MISTRAL_7B
 import train
 from nanoft import UserError, kernels
 from nanoft.config import Config, LoRAConfig, QuantizationConfig, TrainingConfig
+from nanoft.generation.decode import Decoding
 from nanoft.lora import inject_lora, linears_of
 from nanoft.models.families import decoder_config
 from nanoft.models.model_files import ModelFiles
@@ -335,6 +336,20 @@ def test_the_plan_of_a_whole_run_is_near_the_peak_of_a_process(case: str, tmp_pa
     found = json.loads(done.stdout.splitlines()[-1])
     assert 0.85 < found["planned"] / found["measured"] < 1.15, found
     assert ("sampling" in found["parts"] and found["parts"]["sampling"] > 0) == (case == "grpo"), "more than a step"
+
+
+@torch.no_grad()
+def test_sampling_holds_each_prompt_of_a_step_once(tmp_path: Path) -> None:
+    make_reference("qwen3", tmp_path)
+    rl = {"reward": ("exact_match",), "prompts": 2, "group_size": 4, "max_new_tokens": 6}
+    config = Config().override(rl=rl, training={"objective": "grpo"})
+    planner = Planner.of(config, Machine(CPU, torch.float32, 1e9), ModelFiles.read(tmp_path).decoder)
+    decoding = Decoding(load_model(tmp_path, CPU, torch.float32))
+    decoding.join([[3, 1, 4, 1, 5]] * 4 + [[9, 2, 6, 5, 3]] * 4, 6)
+    caches = decoding.keys, decoding.values, decoding.shared.keys, decoding.shared.values
+    measured = sum(tensor.untyped_storage().nbytes() for cache in caches for tensor in cache.values())
+    logits = 8 * planner.decoder.vocab_size * 16
+    assert planner.sampling_bytes(5 + 6, config, room=0.0) == measured + logits
 
 
 @pytest.fixture(scope="module")
