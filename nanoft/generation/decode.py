@@ -31,6 +31,10 @@ from nanoft.kernels.decode import FastCacheContext, choose_build, prepacked, twi
 from nanoft.model import Decoder
 from nanoft.runtime import distributed
 
+# Bytes of copies, in a layer, from which a prompt is kept once for all of its sequences: on a CPU about what a step
+# reads in the time of the operations that this adds to it.
+WORTH_SHARING = 2 << 20
+
 
 class PromptContext(SequenceContext):
     """A pass over prompts that keeps keys, values and states; `context` does rotation and attention."""
@@ -89,16 +93,18 @@ class Decoding:
     def join(self, prompts: Sequence[Sequence[int]], more: int) -> Tensor:
         """Add prompts, none of them empty, to the batch, so that they end in the same slot as its sequences.
 
-        At most `more` tokens may follow each sequence. If a prompt occurs several times, each is read and kept once,
-        apart from its sequences. Returns the last hidden state of each prompt, (prompts, n).
+        At most `more` tokens may follow each sequence. A prompt that occurs several times is read once; if its copies
+        would be large, it is also kept once, apart from its sequences. Returns the last hidden state of each prompt,
+        (prompts, n).
         """
         numbers = dict[tuple[int, ...], int]()  # of the distinct prompts
         copies = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
         own, distinct = [len(prompt) for prompt in prompts], list(numbers)
         hidden, keys, values, states = self._read(distinct)
-        if len(distinct) < len(prompts):
+        of_all = sum(part.nbytes for cache in (keys, values) for part in cache.values())
+        if of_all / len(distinct) * (len(prompts) - len(distinct)) > WORTH_SHARING * len(keys):
             self.shared.add(keys, values, [len(prompt) for prompt in distinct], copies)
-            keys, values = ({layer: part[copies, :, :0] for layer, part in cache.items()} for cache in (keys, values))
+            keys, values = ({layer: part[:, :, :0] for layer, part in cache.items()} for cache in (keys, values))
             own = [0] * len(prompts)
         else:
             self.shared.prompts += [-1] * len(prompts)
@@ -106,9 +112,9 @@ class Decoding:
         before = length - self.length  # slots by which the sequences in the batch move
 
         def append(old: Tensor, new: Tensor) -> Tensor:
-            both = new.new_zeros(len(old) + len(new), new.shape[1], length + more, new.shape[3])
+            both = new.new_zeros(len(old) + len(copies), new.shape[1], length + more, new.shape[3])
             both[: len(old), :, before:length] = old[:, :, : self.length]
-            both[len(old) :, :, length - new.shape[2] : length] = new
+            both[len(old) :, :, length - new.shape[2] : length] = new[copies]
             return both
 
         for cache, read in ((self.keys, keys), (self.values, values)):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanoft import kernels
 from nanoft.attention import CacheContext, Scores
+from nanoft.generation import decode
 from nanoft.generation.decode import Decoding
 from nanoft.generation.shared_prompts import SharedPromptContext, SharedPrompts
 from nanoft.model import Decoder
@@ -27,6 +28,11 @@ JOIN = {0: [A, B, A, C, A, B], 3: [D, D, B], 4: [C], 14: [B, C, C]}  # at which 
 STAY = {2: [5, 0, 1, 4], 6: [0, 2, 5, 6, 7], 9: [2, 4], 12: [1]}  # A has left at 6, B at 9, and D, the last one, at 12
 SHARED = {0: [3, 17, 1], 2: [3, 17], 3: [3, 17, 6, 17], 6: [17, 6, 17], 9: [6], 12: [], 14: [17, 1]}  # their lengths
 MORE = torch.randint(3, 199, (18, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _always_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "WORTH_SHARING", 0)
 
 
 @torch.no_grad()

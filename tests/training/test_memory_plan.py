@@ -19,6 +19,7 @@ from shapes import MISTRAL_7B
 import train
 from nanoft import UserError, kernels
 from nanoft.config import Config, LoRAConfig, QuantizationConfig, TrainingConfig
+from nanoft.generation import decode
 from nanoft.generation.decode import Decoding
 from nanoft.lora import inject_lora, linears_of
 from nanoft.models.families import decoder_config
@@ -339,7 +340,8 @@ def test_the_plan_of_a_whole_run_is_near_the_peak_of_a_process(case: str, tmp_pa
 
 
 @torch.no_grad()
-def test_sampling_holds_each_prompt_of_a_step_once(tmp_path: Path) -> None:
+def test_sampling_holds_each_prompt_of_a_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "WORTH_SHARING", 0)
     make_reference("qwen3", tmp_path)
     rl = {"reward": ("exact_match",), "prompts": 2, "group_size": 4, "max_new_tokens": 6}
     config = Config().override(rl=rl, training={"objective": "grpo"})
