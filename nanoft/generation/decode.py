@@ -100,6 +100,7 @@ class Decoding:
         numbers = dict[tuple[int, ...], int]()  # of the distinct prompts
         copies = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
         own, distinct = [len(prompt) for prompt in prompts], list(numbers)
+        chosen = torch.tensor(copies, device=self.device)
         hidden, keys, values, states = self._read(distinct)
         of_all = sum(part.nbytes for cache in (keys, values) for part in cache.values())
         if of_all / len(distinct) * (len(prompts) - len(distinct)) > WORTH_SHARING * len(keys):
@@ -114,17 +115,17 @@ class Decoding:
         def append(old: Tensor, new: Tensor) -> Tensor:
             both = new.new_zeros(len(old) + len(copies), new.shape[1], length + more, new.shape[3])
             both[: len(old), :, before:length] = old[:, :, : self.length]
-            both[len(old) :, :, length - new.shape[2] : length] = new[copies]
+            both[len(old) :, :, length - new.shape[2] : length] = new[chosen]
             return both
 
         for cache, read in ((self.keys, keys), (self.values, values)):
             cache |= {layer: append(cache.get(layer, new[:0]), new) for layer, new in read.items()}
-        self.kept |= {key: torch.cat((self.kept.get(key, new[:0]), new[copies])) for key, new in states.items()}
+        self.kept |= {key: torch.cat((self.kept.get(key, new[:0]), new[chosen])) for key, new in states.items()}
         self.empty = [empty + before for empty in self.empty] + [length - tokens for tokens in own]
         self.length, self.slots = length, length + more
         self.read += [list(prompt) for prompt in prompts]
         self._prepare_slots()
-        return hidden[copies]
+        return hidden[chosen]
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor], Kept]:
         """Last hidden states, (b, n), keys and values by layer, (b, g, longest, d), ending in the same slot, states."""

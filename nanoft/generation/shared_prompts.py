@@ -58,7 +58,7 @@ class SharedPrompts:
             self.lengths = [self.lengths[prompt] for prompt in used]
             slots = max(self.lengths, default=0)
             self.keys, self.values = (
-                {layer: part[used, :, part.shape[2] - slots :] for layer, part in cache.items() if used}
+                {layer: part[self._tensor(used), :, part.shape[2] - slots :] for layer, part in cache.items() if used}
                 for cache in (self.keys, self.values)
             )
         self.prompts = [used.index(prompt) if prompt >= 0 else -1 for prompt in prompts]

@@ -182,7 +182,11 @@ def test_a_vocabulary_that_was_resized_for_the_adapter_is_resized_here(tmp_path:
         ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["score"]}, "modules_to_save: 'score' has no tensors"),
         ({"target_modules": ["embed_tokens"]}, {}, r"embed_tokens.base_layer.weight differs from the base: merge it"),
         ({}, {"ensure_weight_tying": True}, "ensure_weight_tying: True is not supported"),
-        ({"trainable_token_indices": [3]}, {"trainable_token_indices": [3, 4]}, r"trainable_tokens_delta is \(1, 32\)"),
+        (
+            {"trainable_token_indices": [3]},
+            {"trainable_token_indices": [3, 4]},
+            r"trainable_tokens_delta: \(1, 32\) torch.float32, but \(2, 32\)",
+        ),
         ({"trainable_token_indices": [3]}, {"trainable_token_indices": [10**9]}, "trainable_token_indices: 1000000000"),
         ({"trainable_token_indices": [3]}, {"trainable_token_indices": ["x"]}, "trainable_token_indices: .*'x'"),
     ],

@@ -419,8 +419,8 @@ def test_an_adapter_that_is_not_understood_is_refused(base: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, r"lora_magnitude_vector \(missing\)"),
-        ({"bias": "lora_only"}, r"base_layer.bias \(missing\)"),
+        ({"use_dora": True}, "lora_magnitude_vector: missing, but"),
+        ({"bias": "lora_only"}, "base_layer.bias: missing, but"),
     ],
 )
 def test_tensors_that_a_setting_needs_are_missed(changes: Any, message: str, base: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ from nanoft.evaluation import evaluate
 answer = evaluate.generate
 def answering(model, prompts, *rest):
     with open(pathlib.Path(sys.argv[0]).with_name(f"answers-{rank}"), "a") as noted:
-        noted.write("x" * len(rest[-1]))  # the numbers of those that this rank answers
+        noted.write("x" * len(prompts))  # those that this rank answers
     return answer(model, prompts, *rest)
 evaluate.generate = answering
 """
