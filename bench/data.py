@@ -160,7 +160,7 @@ def run_batches(work: Path, packing: bool) -> dict[str, Any]:
     run = Batches(corpus.training, 4, 4, 0, chat.pad_id, pack_length=LENGTH if packing else None)
     started, tokens, windows = time.perf_counter(), 0, 0
     while time.perf_counter() - started < 10 and windows < 3 * run.windows_in_epoch():
-        tokens += sum(batch.tokens for batch in run.next_window())
+        tokens += sum(batch.tokens for batch in run.window(windows % run.windows_in_epoch()))
         windows += 1
     return {"seconds": time.perf_counter() - started, "tokens": tokens, "utilization": utilization(run)}
 
