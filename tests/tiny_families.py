@@ -109,7 +109,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         },
     ],
     "qwen3_5_text": [
-        {**QWEN3_5, "layer_types": [LINEAR, FULL, LINEAR], "linear_num_value_heads": 4, "linear_key_head_dim": 32},
+        {**QWEN3_5, "layer_types": [LINEAR, FULL, LINEAR], "linear_num_value_heads": 4},
         {**QWEN3_5, "num_hidden_layers": 4, "linear_num_value_heads": 2, "tie_word_embeddings": True, "head_dim": 40},
     ],
     "lfm2": [
