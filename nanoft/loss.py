@@ -3,8 +3,8 @@
 For a vocabulary of 32,768 and 4,096 positions, the logits alone take 0.5 GB in float32, and their gradient as much
 again, although only positions that predict a target matter (in instruction data often one in five). So the model
 returns the hidden states of only those positions, and `token_nll` processes them in chunks: it computes the chunk's
-logits, losses and gradient, and keeps only the gradient with respect to the hidden states. A chunk is small enough for
-a CPU's cache, in which the passes over it are several times faster.
+logits, losses and gradient, and keeps only the gradient with respect to the hidden states. A chunk's logits fit into a
+CPU's shared cache, and the passes over a few of its rows at a time into those of single cores, which are faster.
 
 With logits l = W h, p = softmax(l) and lse = log sum exp(l), the negative log-likelihood is  L = lse - l[target],
 dL/dl = p - onehot(target),  dL/dh = W^T (p - onehot),  dL/dW = (p - onehot) h^T.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanoft.attention import soft_cap
 
-CORE_CACHES = 2 << 20  # bytes: the caches of two cores of a CPU alone, which are faster than the one that all share
+CORE_CACHES = 2 << 20  # bytes: what two cores of a CPU have as caches of their own
 
 
 def token_nll(
@@ -66,7 +66,7 @@ def _chunks(n: int, rows: int) -> Iterator[slice]:
 def _nll_and_gradient(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float, cap: float | None) -> Tensor:
     """Loss of each row of W h, (n, vocab), in float32, (n,); dL/d(W h) takes the place of W h.
 
-    The passes over the logits take a few rows at a time, which stay in the caches of a CPU's cores in float32.
+    On a CPU, each block of rows is small enough in float32 to stay in the caches of its cores.
     """
     losses = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
     few = max(1, CORE_CACHES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)

@@ -327,7 +327,8 @@ class Planner:
         return replace(plan, parts={**plan.parts, "sampling": max(0.0, sampling - held)})
 
     def sampling_bytes(self, length: int, settled: Config, room: float) -> float:
-        """Keys and values of the answers of a step, in buffers of the final size, and of each prompt once; logits.
+        """Keys and values of the answers of a step, in buffers of the final size, and of each prompt once (without
+        copies that are too small to avoid: nanoft/generation/decode.py, WORTH_SHARING); logits.
 
         If there is room, also copies of the weights: unpacked, or on a CPU in another order (nanoft/kernels/decode.py).
         """
