@@ -17,11 +17,10 @@ import subprocess
 import sys
 
 from contender import HERE
-from step import in_process, machine, own_command
+from step import in_process, machine, own_command, prepared
 
 from nanoft.runtime.cores import SLEEP, SPIN, allowed_cores
 
-AUTO = "import os, sys; from nanoft.runtime.cores import prepare; prepare(); os.execv(sys.executable, sys.argv[1:])"
 WAYS: dict[str, dict[str, str]] = {
     "auto": {},
     "OpenMP's default": {},
@@ -34,7 +33,7 @@ def speed(way: str, neighbors: int, steps: int) -> float:
     """Tokens/s of a step of bench/step.py's small shape beside so many neighbors."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(neighbors)]
     command = [*own_command("nanoft"), "--steps", str(steps)]
-    command = [sys.executable, "-c", AUTO, *command] if way == "auto" else command
+    command = prepared(command) if way == "auto" else command
     others = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     os.environ.clear()
     os.environ.update({**others, **WAYS[way]})

@@ -32,6 +32,7 @@ from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.families import decoder_config
 from nanoft.nf4 import Linear4bit
 from nanoft.optim import build_optimizer
+from nanoft.recompute import keep_by_policy
 from nanoft.runtime.device import choose_device, seed_everything
 
 HERE = Path(__file__).resolve().parent
@@ -252,7 +253,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     shapes = {name: tensor.shape for name, tensor in adapter_tensors(adapters).items()}
     load_adapter_tensors(adapters, {name: random_weight(args, name, shapes[name], device) for name in shapes}, "seed")
     if args.ckpt:
-        model.activation_policy = ["offloaded" if args.offload else "input"] * args.layers
+        model.activation_policy = keep_by_policy("offload" if args.offload else "full", 1, args.layers)
     if not args.triton:
         fused.enable = lambda _: ""
     warning = kernels.apply(model)

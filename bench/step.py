@@ -64,6 +64,12 @@ def flags(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
     return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
+def prepared(command: list[str]) -> list[str]:
+    """A command of Python, started as nanoft's own: they choose how threads wait and how memory is mapped."""
+    program = "from nanoft.runtime.cores import prepare; prepare(); os.execv(sys.executable, sys.argv[1:])"
+    return [sys.executable, "-c", f"import os, sys; {program}", *command]
+
+
 def in_process(command: list[str], timeout_s: float, bounded: bool = True) -> dict[str, Any]:
     """Run a command in a fresh process; its last line is JSON.
 
@@ -114,7 +120,7 @@ def contest(args: argparse.Namespace) -> dict[str, Any]:
         args.ids = Path(temporary) / "ids.npz" if args.packed else None
         os.environ["XDG_CACHE_HOME"] = temporary  # also deletes the tokenized data
         own = flags(args, [*EVERY_PEER, *OWN_PEER])
-        commands = {"nanoft": [*own_command("nanoft"), *own, *flags(args, OURS)], **peer_commands(args, own)}
+        commands = {"nanoft": prepared([*own_command("nanoft"), *own, *flags(args, OURS)]), **peer_commands(args, own)}
         try:
             if args.packed:
                 in_process([*own_command("pack"), *own, *flags(args, ["data"])], args.timeout_s)

@@ -59,8 +59,13 @@ def chunk_rows(vocab: int, device: torch.device) -> int:
     return max(16, (cache if device.type == "cpu" else enough) // (4 * vocab))
 
 
-def _chunks(n: int, rows: int) -> Iterator[slice]:
-    return (slice(start, start + rows) for start in range(0, n, rows))
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their logits W h, which may be overwritten. All chunks share memory, since new memory is slow."""
+    rows = chunk_rows(len(weight), hidden.device)
+    buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, start + rows)
+        yield chunk, torch.mm(hidden[chunk], weight.T, out=buffer[: len(hidden[chunk])])
 
 
 def _nll_and_gradient(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float, cap: float | None) -> Tensor:
@@ -70,7 +75,8 @@ def _nll_and_gradient(logits: Tensor, targets: Tensor, smoothing: float, z_loss:
     """
     losses = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
     few = max(1, CORE_CACHES // (4 * logits.shape[1])) if logits.device.type == "cpu" else len(logits)
-    for rows in _chunks(len(logits), few):
+    for start in range(0, len(logits), few):
+        rows = slice(start, start + few)
         losses[rows], p, lse, slope = _nll(logits[rows], targets[rows], smoothing, z_loss, cap)
         logits[rows] = _logit_gradient(p, lse, slope, targets[rows], smoothing, z_loss)
     return losses
@@ -117,8 +123,7 @@ class _TokenNLL(torch.autograd.Function):
         nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if want_hidden and not want_head else None
         weight = head.to(hidden.dtype)  # under autocast, the head is float32 but the hidden states are not
-        for chunk in _chunks(len(targets), chunk_rows(len(head), hidden.device)):
-            logits = hidden[chunk] @ weight.T
+        for chunk, logits in _chunks(hidden, weight):
             nll[chunk] = _nll_and_gradient(logits, targets[chunk], *settings)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])
@@ -135,8 +140,7 @@ class _TokenNLL(torch.autograd.Function):
         hidden, head, targets = inputs
         grad_hidden, weight = torch.empty_like(hidden), head.to(hidden.dtype)
         grad_head = torch.zeros_like(head, dtype=weights.dtype)
-        for chunk in _chunks(len(targets), chunk_rows(len(head), hidden.device)):
-            d_logits = hidden[chunk] @ weight.T
+        for chunk, d_logits in _chunks(hidden, weight):
             _nll_and_gradient(d_logits, targets[chunk], *ctx.settings)
             d_logits *= weights[chunk]
             torch.mm(d_logits, weight, out=grad_hidden[chunk])

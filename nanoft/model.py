@@ -269,12 +269,6 @@ def select(x: Tensor, positions: Tensor | None) -> Tensor:
     return x if positions is None else x.flatten(0, 1).index_select(0, positions)[None]
 
 
-def embedding_noise(x: Tensor, alpha: float) -> Tensor:
-    """Uniform in +-alpha / sqrt(seq * hidden), (b, q, hidden) (NEFTune, Jain et al. 2023, algorithm 1)."""
-    bound = alpha / math.sqrt(x.shape[1] * x.shape[2])
-    return torch.empty_like(x).uniform_(-bound, bound)
-
-
 def embedding(size: int, hidden: int) -> nn.Embedding:
     """Initialized uniformly: on the `meta` device, PyTorch's normal_ imports its compiler, which takes seconds."""
     return nn.Embedding.from_pretrained(torch.empty(size, hidden).uniform_(-1, 1), freeze=False)
@@ -357,7 +351,8 @@ class Decoder(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.embed(ids, positions)
         if self.training and self.neftune_alpha:
-            x = x + embedding_noise(x, self.neftune_alpha)
+            bound = self.neftune_alpha / math.sqrt(x.shape[1] * x.shape[2])  # NEFTune (Jain et al. 2023, algorithm 1)
+            x = x + torch.empty_like(x).uniform_(-bound, bound)
         context = self.context(positions, x.dtype, documents)
         context.tensors |= per_layer.embeddings(self.model, ids, x)
         last = len(self.model.layers) - 1

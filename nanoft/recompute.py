@@ -23,10 +23,10 @@ ActivationPolicy = Literal["all", "input", "offloaded"]  # kept: all activations
 
 
 def keep_by_policy(policy: str, every: int, layers: int) -> list[ActivationPolicy]:
-    """What each block keeps under none, every_k, full or offload."""
+    """What each block keeps. The last keeps all: its backward comes first, so recomputing it would save nothing."""
     recomputed: ActivationPolicy = "offloaded" if policy == "offload" else "input"
     step = {"auto": layers + 1, "none": layers + 1, "every_k": every, "full": 1, "offload": 1}[policy]
-    return [recomputed if (layer + 1) % step == 0 else "all" for layer in range(layers)]
+    return [recomputed if after and (after + 1) % step == 0 else "all" for after in reversed(range(layers))]
 
 
 def run_block(block: Any, x: Tensor, context: Any, target_positions: Tensor | None, policy: ActivationPolicy) -> Tensor:

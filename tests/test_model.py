@@ -15,7 +15,7 @@ from nanoft.attention import Documents
 from nanoft.config import LoRAConfig
 from nanoft.kernels import compile_blocks
 from nanoft.lora import inject_lora
-from nanoft.model import Decoder, embedding_noise, select
+from nanoft.model import Decoder, select
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
 from tiny_models import CASES, make_reference
@@ -81,17 +81,17 @@ def test_some_rows_are_those_of_all_and_so_are_their_gradients(case: str, keep: 
 
 
 def test_neftune_noise_is_uniform_in_alpha_over_the_root_of_its_size_and_only_there_in_training(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    noise = embedding_noise(torch.zeros(2, 50, 100), 5.0)
-    bound = 5 / (50 * 100) ** 0.5
-    assert 0.99 * bound < noise.abs().max() <= bound
-    assert abs(noise.std() / bound - 3**-0.5) < 0.02  # of a uniform distribution
     make_reference("llama", tmp_path)
-    model, ids = load_model(tmp_path, CPU, torch.float32), torch.arange(10)[None]
+    model, ids = load_model(tmp_path, CPU, torch.float32), torch.arange(100).view(2, 50)
     plain = model.eval()(ids)
     model.neftune_alpha = 5.0
     assert torch.equal(model(ids), plain)
+    entered: list[torch.Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].detach()))
     assert not torch.equal(model.train()(ids), plain)
+    noise, bound = entered[0] - model.model.embed_tokens(ids).detach(), 5 / (50 * model.config.hidden_size) ** 0.5
+    assert 0.99 * bound < noise.abs().max() <= 1.001 * bound
+    assert abs(noise.std() / bound - 3**-0.5) < 0.02  # of a uniform distribution
 
 
 @pytest.mark.slow

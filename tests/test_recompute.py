@@ -18,8 +18,9 @@ CPU = torch.device("cpu")
 def test_policies_name_the_blocks_that_recompute() -> None:
     assert keep_by_policy("none", 2, 3) == ["all"] * 3
     assert keep_by_policy("every_k", 2, 5) == ["all", "input", "all", "input", "all"]
-    assert keep_by_policy("full", 2, 2) == ["input"] * 2
-    assert keep_by_policy("offload", 2, 2) == ["offloaded"] * 2
+    assert keep_by_policy("every_k", 4, 4) == ["input", "all", "all", "all"]
+    assert keep_by_policy("full", 2, 3) == ["input", "input", "all"]  # after the last block, its backward comes first
+    assert keep_by_policy("offload", 2, 3) == ["offloaded", "offloaded", "all"]
 
 
 @pytest.mark.parametrize("keep", ["input", "offloaded"])

@@ -1,4 +1,5 @@
-"""Use Triton's kernels (triton_kernels.py) instead of PyTorch's operations, on CUDA GPUs on which both agree."""
+"""Norm, activation and rotation in fewer passes: Triton's kernels (triton_kernels.py) on CUDA GPUs on which they agree
+with PyTorch's operations; on a CPU, a gradient of the norm that is written by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanoft import nf4
 from nanoft.attention import Rotation
@@ -49,9 +51,36 @@ def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:
     """norm(x) as a function, and its inputs that get a gradient."""
     if norm is identity:
         return norm, x
-    if kernels(x) and type(norm) is RMSNorm and not norm.weight.requires_grad:
-        return partial(kernels(x).rms_norm, eps=norm.eps, offset=norm.offset), x, norm.weight
+    if type(norm) is RMSNorm and not norm.weight.requires_grad and not torch.compiler.is_compiling():
+        if kernels(x):
+            return partial(kernels(x).rms_norm, eps=norm.eps, offset=norm.offset), x, norm.weight
+        if x.device.type == "cpu":
+            return partial(_FrozenRMSNorm.apply, norm.eps, norm.offset), x, norm.weight
     return (norm.formula, x, *norm.parameters())
+
+
+class _FrozenRMSNorm(torch.autograd.Function):
+    """y = n w with n = x / rms(x), and for h = w dL/dy the gradient  dx = (h - n mean(h n)) / rms(x).
+
+    PyTorch differentiates each operation of the norm: twice the passes over x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, eps: float, offset: float, x: Tensor, weight: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = offset + weight.to(wide)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # sqrt(sum(x^2)), (..., 1)
+        inverse = (size.square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        n, h = x * inverse, grad_outputs[0] * weight
+        mean = (h * n).mean(-1, keepdim=True)
+        return None, None, h.addcmul_(n, mean, value=-1).mul_(inverse).to(x.dtype), None
 
 
 def activation(mlp: MLP, x: Tensor) -> Any:

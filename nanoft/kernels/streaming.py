@@ -3,9 +3,9 @@
     host     the frozen weights of every block, in one buffer each; pinned, so that kernels run while it is copied
     device   those of the block that computes and of the next one; embedding, head and adapters
 
-Before block i computes, block i + 1 is requested, on a separate stream. Every block is recomputed (recompute.py), so
-backward calls the blocks once more, from the last to the first, and requests block i - 1. The blocks do not know about
-it: a hook before each call makes the module's parameters views of the buffer on the device.
+Before block i computes, block i + 1 is requested, on a separate stream. Every block but the last is recomputed
+(recompute.py), so backward calls them once more, from the last to the first, and requests block i - 1. The blocks do
+not know about it: a hook before each call makes the module's parameters views of the buffer on the device.
 """
 
 from __future__ import annotations

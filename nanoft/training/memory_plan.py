@@ -170,11 +170,12 @@ def estimate_memory(
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
     # half of the kernels are built for each shape of a matrix, and for how many tokens an expert has
     shapes = len({own.head_dim for own in decoder.by_layer}) + bool(decoder.per_layer_size) + bool(r)
-    kernel_bytes = kernels * (1 + shapes) / 2
+    kernel_bytes = kernels * (1 + shapes) / 2 + FIRST_STEP * (cpu and set(keep) != {"all"})
     inner = max(width * n for width, n in widths) / (2 if decoder.mlp == "plain" else 1)  # without a gate half of it
     transient = (wide * inner + (narrow + EXPERT_ROWS * chosen) * decoder.hidden_size) * tokens * e
-    by_block = list(zip(keep, blocks, strict=True))
-    again = max((block for one, block in by_block if one != "all"), default=0.0)  # one of these at a time
+    activations = [waiting.get(one, block) for one, block in zip(keep, blocks, strict=True)]
+    # a block is recomputed when what later ones kept is free again
+    again = max(0.0, *((keep[i] != "all") * (block - sum(activations[i + 1 :])) for i, block in enumerate(blocks)))
     targets = tokens * target_share
     chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
     split = config.training.sharding == "full"
@@ -199,7 +200,7 @@ def estimate_memory(
     softmax = CORE_CACHES if cpu else chunk * decoder.vocab_size * 4.0
     softmax += softmax / 4 * 2 * e * (decoder.logit_cap is not None)
     parts = {
-        "process": baseline + kernel_bytes + FIRST_STEP * (cpu and again > 0) + BITSANDBYTES * (cpu and bits == 4),
+        "process": baseline + kernel_bytes + BITSANDBYTES * (cpu and bits == 4),
         "linears": 2 * linears / decoder.num_layers if config.model.base_device == "host" else part * linears,
         "head, embedding": (part * counts.others + (1 - part) * head) * stored,
         "gathered": gathered * split * (2 if full else 1),  # with their gradients
@@ -208,7 +209,7 @@ def estimate_memory(
         "cast weights": part * counts.linears * e if full and e < 4 else 0.0,  # for the products, by autocast
         "gradients": part * 4.0 * counts.trained,
         "optimizer": part * moments * counts.trained,
-        "activations": sum(waiting.get(one, block) for one, block in by_block),
+        "activations": sum(activations),
         "backward": again + transient + unpacked + scores,
         # a chunk of logits, then their gradient; the softmax; hidden states of the targets, and the gradient of these
         "loss": chunk * decoder.vocab_size * e
@@ -263,7 +264,7 @@ def choose_recompute(
     peak_of: Callable[[list[ActivationPolicy]], float], layers: int, room: float
 ) -> list[ActivationPolicy]:
     """Keep everything if that fits into `room` bytes, otherwise recompute as few blocks as make it fit."""
-    for again in range(layers + 1):
+    for again in range(layers):
         keep: list[ActivationPolicy] = [*["input"] * again, *["all"] * (layers - again)]  # type: ignore[list-item]
         if peak_of(keep) <= room:
             break

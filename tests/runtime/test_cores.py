@@ -48,6 +48,19 @@ def test_what_is_decided(
     assert decide(environment, count, granted, others) == chosen
 
 
+def test_large_tensors_lie_in_huge_pages() -> None:
+    allowed = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not allowed.is_file() or "[never]" in allowed.read_text("utf-8"):
+        pytest.skip("this kernel gives no huge pages")
+    program = (
+        "from nanoft.runtime import cores; cores.prepare(0.01)\n"
+        "import re, torch; kept = torch.ones(64 << 18)\n"  # 64 MiB
+        "print(sum(map(int, re.findall(r'AnonHugePages: +(\\d+) kB', open('/proc/self/smaps').read()))))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(found.stdout) >= 48 << 10  # KiB; of single pages none may be free
+
+
 def test_the_quota_is_the_lowest_of_the_groups_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "CGROUPS", tmp_path)
     monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "cgroup")

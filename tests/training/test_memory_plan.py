@@ -125,7 +125,7 @@ def test_a_base_that_does_not_fit_stays_on_the_host(
         planner = replace(planner, config=config)
         plan = planner.choose_activations(1, 2048)
         assert plan.parts["linears"] == 4 * 218_103_808
-        assert set(plan.keep) == {"input"}
+        assert plan.keep == ["input"] * 31 + ["all"]
         assert plan.peak < 0.9 * memory_gb * 1e9
         assert memory_plan.describe_streaming(planner).split()[0] == f"{32 * 2**29 / 1e9:.3f}"
         assert f"{4 * 60 * 2 * 218_103_808 / 1e9:.1f} GB copied" in memory_plan.describe_streaming(planner)
@@ -275,8 +275,24 @@ def test_blocks_are_computed_again_only_as_far_as_memory_asks_for_it() -> None:
 
     for room in range(8, 30):
         keep = choose_recompute(peak, 4, room)
-        fitting = [n for n in range(5) if peak(["input"] * n + ["all"] * (4 - n)) <= room]
-        assert keep == ["input"] * min(fitting, default=4) + ["all"] * (4 - min(fitting, default=4))
+        fitting = [n for n in range(4) if peak(["input"] * n + ["all"] * (4 - n)) <= room]
+        assert keep == ["input"] * min(fitting, default=3) + ["all"] * (4 - min(fitting, default=3))
+
+
+def test_a_recomputed_block_takes_the_place_of_what_later_blocks_kept() -> None:
+    decoder, config = decoder_config(MISTRAL_7B), Config()
+    counts = count_parameters(decoder, config)
+
+    def parts(keep: list[Any]) -> dict[str, float]:
+        return estimate_memory(decoder, counts, config, "cuda", torch.bfloat16, 1, 2048, keep, 0.0).parts
+
+    kept, last, all_again = (parts(["input"] * n + ["all"] * (32 - n)) for n in (0, 31, 32))
+    block, waiting = kept["activations"] / 32, all_again["activations"] / 32
+    assert last["activations"] == pytest.approx(31 * waiting + block)
+    assert last["backward"] == pytest.approx(kept["backward"])  # what the last block kept is free by then
+    assert all_again["backward"] == pytest.approx(kept["backward"] + block)
+    first_kept = parts(["all"] + ["input"] * 31)
+    assert first_kept["backward"] == pytest.approx(kept["backward"] + block)
 
 
 def test_the_micro_batch_is_the_largest_divisor_that_fits() -> None:
