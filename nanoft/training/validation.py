@@ -63,7 +63,8 @@ def check_objective(config: Config) -> None:
     if trains_score(config) and "lm_head" in (*config.lora.target_modules, *config.lora.modules_to_save):
         raise UserError("lora: lm_head: training.objective=reward replaces it by a scalar head: remove it")
     supervised = {"training.label_smoothing": t.label_smoothing, "training.z_loss": t.z_loss}
-    supervised |= {"training.neftune_alpha": t.neftune_alpha, "data.train_on": config.data.train_on != "assistant"}
+    supervised |= {"training.neftune_alpha": t.neftune_alpha, "training.balance_loss": t.balance_loss}
+    supervised["data.train_on"] = config.data.train_on != "assistant"
     label = config.data.label_field
     supervised["data.label_field"] = label == "ignore" or (label is not None and objective.learns == "pairs")
     idle += [name for name, is_set in supervised.items() if is_set and objective.learns != "turns"]

@@ -386,7 +386,13 @@ def test_kto_refuses_a_step_of_one_answer(root: Path, tmp_path: Path, capsys: Ca
 @pytest.mark.parametrize("objective", BEYOND_SFT)
 @pytest.mark.parametrize(
     "field",
-    ["training.label_smoothing=0.1", "training.z_loss=0.1", "training.neftune_alpha=5", "data.train_on=all"],
+    [
+        "training.label_smoothing=0.1",
+        "training.z_loss=0.1",
+        "training.neftune_alpha=5",
+        "training.balance_loss=0.1",
+        "data.train_on=all",
+    ],
 )
 def test_what_only_supervised_training_reads_is_refused(
     objective: str, field: str, root: Path, tmp_path: Path, capsys: Capture
