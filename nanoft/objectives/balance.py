@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a model with experts, which are kept equally busy.
 
-    loss of a step = sum over target tokens of -log p(token | tokens before it) + alpha L(its document)
+    loss of a step = sum over target tokens of (-log p(token | tokens before it) + alpha L(its document))
                      /  target tokens of the window
 
 L is the balance loss (`Balance` in nanoft/blocks/moe.py) over all tokens of a document, its prompt included. As a term
@@ -55,7 +55,6 @@ class BalancedSFT(SFT):
 
 def document_lengths(batch: Batch) -> list[int]:
     """Tokens of each document of a batch, in order; padding, in which nothing is a target, counts as documents."""
-    total, width = batch.ids.numel(), batch.ids.shape[1]
-    padded = [n for length in batch.samples.lengths.tolist() for n in (length, width - length)]
+    padded = [n for length in batch.samples.lengths.tolist() for n in (length, batch.ids.shape[1] - length)]
     lengths = padded if batch.documents is None else batch.documents.lengths
-    return [*lengths, total - sum(lengths)]  # the rest: all, if there are no samples
+    return [*lengths, batch.ids.numel() - sum(lengths)]  # the rest: everything, if there are no samples
