@@ -10,7 +10,7 @@ treat it as any other: nothing of an expert is skipped, whatever its files look 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,42 @@ class Routing:
     over_chosen: bool  # the softmax is over the k chosen experts alone
 
 
+class Balance:
+    """A loss that keeps experts equally busy, for each document (DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
+
+    With T tokens, N experts, of which a token chooses k, the router's logits l and s_t = softmax(l_t):
+
+        f_i = N / (k T) sum_t [i chosen by t],   P_i = 1 / T sum_t s_ti,   L = sum_i f_i P_i,
+        dL/dl_t = (f - f . s_t) s_t / T          f only counts, and has no gradient
+
+    So the probabilities of what is chosen often fall. L is 1 if all experts are equally busy, and near N / k if always
+    the same are chosen. It is averaged over the layers with experts.
+
+    A layer that is recomputed has no graph when it adds its L, so no gradient flows through `losses`. Instead, backward
+    begins with setting `gradient`, and each layer takes its part from there, before the next forward pass in training.
+    """
+
+    def __init__(self, lengths: Sequence[int], layers: Sequence[Experts], device: torch.device):
+        """`lengths`: tokens of the d documents of a micro-batch, n in all; padding is in documents of its own."""
+        own = torch.tensor(lengths).to(device, non_blocking=device.type == "cuda")
+        self.lengths, self.layers = own.clamp(min=1)[:, None], len(layers)
+        self.document = torch.arange(len(own), device=device).repeat_interleave(own, output_size=sum(lengths))  # (n,)
+        self.losses = self.gradient = torch.zeros(len(own), device=device)
+        for layer in layers:
+            layer.balance = self
+
+    def add(self, logits: Tensor, chosen: Tensor) -> None:
+        """Add the loss of a layer, and to the gradient of its logits the loss's; (n, experts) and (n, k)."""
+        s, document = logits.detach().softmax(-1), self.document
+        counted = torch.zeros_like(s).scatter_(1, chosen, s.shape[1] / chosen.shape[1])
+        empty = s.new_zeros(len(self.lengths), s.shape[1])
+        f, p = (empty.index_add(0, document, x) / self.lengths for x in (counted, s))  # (d, experts)
+        self.losses = self.losses + (f * p).sum(-1) / self.layers
+        if logits.requires_grad:
+            slope = (f[document] - (f[document] * s).sum(-1, keepdim=True)) * s / self.lengths[document] / self.layers
+            logits.register_hook(lambda gradient: gradient + self.gradient[document, None] * slope)
+
+
 class Router(nn.Linear):
     """R x + b in the number format of x, whatever that of R: (n, hidden) -> (n, experts)."""
 
@@ -44,12 +80,15 @@ class Experts(nn.Module):
         self.chosen, self.over_chosen = routing.chosen, routing.over_chosen
         self.router = Router(hidden_size, routing.experts, bias=bias)
         self.experts = nn.ModuleList(experts)
+        self.balance: Balance | None = None  # of the micro-batch in training
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The weights and the numbers of the experts of each token: from (n, hidden), (n, k) each."""
         with torch.autocast(tokens.device.type, enabled=False):
             logits = self.router(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))  # (n, experts)
         chosen = self.choose(logits)
+        if self.training and self.balance is not None:
+            self.balance.add(logits, chosen)
         if self.over_chosen:
             return logits.gather(-1, chosen).softmax(-1), chosen
         return logits.softmax(-1).gather(-1, chosen), chosen

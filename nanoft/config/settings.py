@@ -170,6 +170,7 @@ class TrainingConfig(Section):
     max_grad_norm: float = bounded(1.0, 0.0)  # clips the global gradient norm; 0: no clipping
     label_smoothing: float = bounded(0.0, 0.0, 0.99)  # probability spread evenly over the vocabulary
     z_loss: float = bounded(0.0, 0.0, 1.0)  # weight of the squared log-normalizer; 1e-4 is usual
+    balance_loss: float = bounded(0.0, 0.0, 10.0)  # weight of the loss that keeps experts equally busy; 0.01 is usual
     neftune_alpha: float = bounded(0.0, 0.0)  # scale of uniform noise on the embeddings (NEFTune); 5 is usual
     checkpointing: Literal["auto", "none", "every_k", "full", "offload"] = "auto"  # activation checkpointing
     checkpoint_every: int = bounded(2, 1)  # k of every_k: one block in k is recomputed

@@ -15,7 +15,7 @@ MOE = "attention_bias sliding_window num_experts num_local_experts num_experts_p
 QWEN3_MOE = (*MOE, "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob",
              "use_sliding_window", "max_window_layers")  # fmt: skip
 GPT_OSS = (*MOE, "layer_types", "experts_per_token", "initial_context_length")
-# The auxiliary loss is a product of means over all tokens of a step, and therefore not a sum over micro-batches.
+# This auxiliary loss is a product of means over a forward pass, not a sum over documents as training.balance_loss.
 NO_AUXILIARY_LOSS: dict[str, tuple[Any, ...]] = {"output_router_logits": (False,)}
 GPT_OSS_ONLY = {**NO_AUXILIARY_LOSS, "swiglu_limit": (7.0,), "swiglu_alpha": (1.702,)}
 ROUTER = (("mlp.gate", "mlp.router"),)  # its name in files of Qwen3-MoE

@@ -6,6 +6,7 @@ from typing import Any
 
 from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
+from nanoft.objectives.balance import BalancedSFT
 from nanoft.objectives.distill import Distill
 from nanoft.objectives.grpo import GRPO
 from nanoft.objectives.kto import KTO
@@ -29,7 +30,7 @@ def trains_score(config: Config) -> bool:
 
 def build_objective(config: Config, adapters: dict[str, Adapter], *data: Any) -> Objective:
     """The objective that `training.objective` names; `data`: records and tokenizer, for those that sample."""
-    kind = OBJECTIVES[config.training.objective]
+    kind: Any = BalancedSFT if config.training.balance_loss else OBJECTIVES[config.training.objective]
     prompts = [Prompts(config, *data)] if kind.learns == "prompts" else []
     objective: Objective = kind(config, adapters, *prompts)
     return objective

@@ -307,6 +307,8 @@ class Planner:
     @classmethod
     def of(cls, config: Config, machine: Machine, decoder: DecoderConfig) -> Planner:
         OBJECTIVES[config.training.objective].check(config)
+        if (alpha := config.training.balance_loss) and not decoder.routing:
+            raise UserError(f"training.balance_loss: {alpha}: the model has no experts: remove it")
         return cls(config, machine, decoder, count_parameters(decoder, config))
 
     @property
@@ -443,8 +445,7 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
         raise UserError(f"training.gradient_accumulation_steps: {split}: set it to {ranks * max(rows_a_rank, 1)}")
     if recorded is not None and recorded["system"].get("ranks", 1) == ranks:
         return config.override({name: recorded["training"][name.removeprefix("training.")] for name in ROWS})
-    length, keep = config.model.max_seq_length, planner.keep_by(t.checkpointing)
-    size = planner.unit_size
+    length, keep, size = config.model.max_seq_length, planner.keep_by(t.checkpointing), planner.unit_size
     rows = choose_rows(lambda n: planner.plan(n * size, length, keep).peak, rows_a_rank, planner.machine.room_bytes)
     return config.override(dict(zip(ROWS[: 1 if config.rl.reward else 2], (rows, rows_a_rank // rows), strict=False)))
 

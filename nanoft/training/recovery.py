@@ -15,6 +15,7 @@ from pathlib import Path
 from nanoft import TrainingFailed, UserError, guard
 from nanoft.checkpoint import Checkpoint, CheckpointCorrupted
 from nanoft.guard import Diverged, GradientOverflow, History, RollBack, SkipStep
+from nanoft.perplexity import evaluating
 from nanoft.runtime.memory import OutOfMemory, release_memory
 from nanoft.training.memory_plan import out_of_memory_error
 from nanoft.training.progress import log_save
@@ -56,7 +57,7 @@ def roll_back(ctx: TrainContext, state: TrainState, bad: RollBack) -> TrainState
         batch, seen = bad.window.micro_batches[-1].to(ctx.device), state.guard
         where = "the first bad weight or output cannot be located in a sharded model"
         if ctx.config.training.sharding == "none":
-            with ctx.autocast():
+            with ctx.autocast(), evaluating(ctx.model):  # without a balance loss
                 where = guard.diagnose(ctx.model, batch.ids, batch.positions, batch.documents, batch.target_positions)
         raise Diverged(
             f"{seen.skips} consecutive windows failed after step {state.step}, even after {seen.rollbacks} rollbacks: "

@@ -62,8 +62,9 @@ def check_objective(config: Config) -> None:
         idle.append("data.margin_field")
     if trains_score(config) and "lm_head" in (*config.lora.target_modules, *config.lora.modules_to_save):
         raise UserError("lora: lm_head: training.objective=reward replaces it by a scalar head: remove it")
-    supervised = {"training.label_smoothing": t.label_smoothing, "training.z_loss": t.z_loss}
-    supervised |= {"training.neftune_alpha": t.neftune_alpha, "data.train_on": config.data.train_on != "assistant"}
+    terms = "label_smoothing", "z_loss", "balance_loss", "neftune_alpha"
+    supervised = {f"training.{name}": getattr(t, name) for name in terms}
+    supervised["data.train_on"] = config.data.train_on != "assistant"
     label = config.data.label_field
     supervised["data.label_field"] = label == "ignore" or (label is not None and objective.learns == "pairs")
     idle += [name for name, is_set in supervised.items() if is_set and objective.learns != "turns"]

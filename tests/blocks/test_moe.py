@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanoft.attention import Scores, attention, causal_mask
-from nanoft.blocks.moe import Experts, Routing
+from nanoft.blocks.moe import Balance, Experts, Routing
 from nanoft.kernels import attention as fast_attention
 from nanoft.kernels import experts as fast
 from nanoft.model import MLP, DecoderConfig
@@ -90,6 +90,31 @@ def test_a_router_in_16_bits_computes_in_float32() -> None:
     assert weights.dtype == torch.float32
     assert torch.equal(chosen, exact.topk(2).indices)
     torch.testing.assert_close(weights.double(), exact.topk(2).values.softmax(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_the_balance_loss_is_1_for_equal_shares_and_largest_if_always_the_same_are_chosen() -> None:
+    balance = Balance([6, 3, 0], [layer(True)], torch.device("cpu"))
+    logits = torch.zeros(9, 4)
+    logits[6:, :2] = 50.0
+    chosen = torch.tensor([[0, 1], [2, 3], [0, 2], [1, 3], [0, 3], [1, 2], *[[0, 1]] * 3])
+    balance.add(logits, chosen)
+    torch.testing.assert_close(balance.losses, torch.tensor([1.0, 4 / 2, 0.0]))
+
+
+def test_the_gradient_of_the_balance_loss_is_that_of_its_definition() -> None:
+    logits, given = torch.randn(9, 5, dtype=torch.double, requires_grad=True), torch.tensor([0.3, -2.0])
+    chosen, wanted, start = logits.topk(2).indices, torch.zeros(()), 0
+    balance = Balance([4, 5], [layer(True)] * 3, torch.device("cpu"))
+    balance.gradient = given
+    passed = logits * 1.0
+    balance.add(passed, chosen)
+    (found,) = torch.autograd.grad(passed.sum(), logits)
+    for weight, tokens in zip(given, (4, 5), strict=True):
+        own, picked = logits[start : start + tokens].softmax(-1), chosen[start : start + tokens]
+        shares = [5 / (2 * tokens) * (picked == i).sum() for i in range(5)]
+        wanted = wanted + weight / 3 * sum(share * own[:, i].mean() for i, share in enumerate(shares))
+        start += tokens
+    torch.testing.assert_close(found - 1, torch.autograd.grad(wanted, logits)[0])
 
 
 @pytest.mark.parametrize("window", [None, 3])

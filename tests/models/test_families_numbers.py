@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from adapters import CPU, peft_model, peft_name, randomize
 from peft import PeftModel
 from tiers import rest_is_slow
@@ -22,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nanoft import kernels
 from nanoft.attention import Documents
+from nanoft.batches import Sample, TokenDataset, Window, collate
 from nanoft.config import Config, LoRAConfig
 from nanoft.generation.generate import generate
 from nanoft.generation.sampling import Sampling, completion_noise
@@ -36,6 +39,7 @@ from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model, read_trained_adapter
 from nanoft.models.weights import load_model, save_model
 from nanoft.nf4 import Linear4bit
+from nanoft.objectives import build_objective
 from nanoft.training.memory_plan import count_parameters, estimate_memory
 from tiny_models import make_packed
 
@@ -300,6 +304,60 @@ def test_a_step_with_adapters_of_experts_is_that_of_peft(
     assert any((wanted[key] - before[key]).abs().max() > 1e-3 for key in found if ".experts." in key)
     for key, tensor in found.items():
         differs("QLoRA" if form else "LoRA", (tensor - wanted[key]).abs().max(), 1e-5)
+
+
+def balance_by_hand(recorded: Tensor, chosen: int) -> Tensor:
+    """N sum_i (share of the choices that are i) (mean probability of i), in loops over the tokens of a document."""
+    tokens, experts = recorded.shape
+    is_probability = bool((recorded.sum(-1) - 1).abs().max() < 1e-5)  # what some models record
+    probabilities = recorded if is_probability else recorded.exp() / recorded.exp().sum(-1, keepdim=True)
+    counts = [0] * experts
+    for row in recorded.tolist():
+        for i in sorted(range(experts), key=lambda i: -row[i])[:chosen]:
+            counts[i] += 1
+    return sum(experts * counts[i] / (chosen * tokens) * probabilities[:, i].mean() for i in range(experts))  # type: ignore[return-value]
+
+
+EXPERTS_OF_A_TOKEN = "num_experts_per_tok", "top_k_experts"
+BALANCED = [case for case in CASES if any(SHAPES.get(case[0], [{}])[case[1]].get(name) for name in EXPERTS_OF_A_TOKEN)]
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("way", ["alone", "padded", "packed", "recomputed"])
+@pytest.mark.parametrize("case", BALANCED, ids=str)
+def test_the_balance_loss_is_that_of_every_document(
+    case: tuple[str, int], way: str, fast: bool, saved: Saved, differs: Differs
+) -> None:
+    chance, lengths = np.random.default_rng(0), (5, 9, 3, 12, 7, 8)
+    made = [Sample(chance.integers(3, 199, n, np.int32), chance.random(n) < 0.5, i) for i, n in enumerate(lengths)]
+    data, model, theirs = TokenDataset.of(made), opened(saved(case), fast).train(), reference(saved(case))
+    rows = [np.arange(6)[:3], np.arange(6)[3:]] if way in ("packed", "recomputed") else list(np.arange(6)[:, None])
+    pieces = [[row] for row in rows] if way == "alone" else [rows]
+    window = Window([collate(data, piece, 0, pad_to_multiple_of=4) for piece in pieces], [0, 0], [0, 1])
+    if way == "recomputed":
+        layers = model.config.num_layers
+        model.activation_policy = (["input", "all", "offloaded"] * layers)[:layers]
+    objective = build_objective(Config().override({"training.balance_loss": 0.7}), {})
+    found, wanted, balances = 0.0, torch.zeros(()), []
+    for batch in window:
+        loss = objective.loss(model, batch) / objective.count(window)
+        loss.backward()
+        found += loss.item()
+    routing = model.config.routing
+    assert routing is not None
+    for sample in made:
+        ids, is_target = torch.from_numpy(sample.ids).long(), torch.from_numpy(sample.is_target[1:])
+        out = theirs(ids[None], output_router_logits=True)
+        nll = F.cross_entropy(out.logits[0, :-1], ids[1:], reduction="none")[is_target].sum()
+        assert len(out.router_logits) == sum(routing.layers)
+        own = [balance_by_hand(recorded, routing.chosen) for recorded in out.router_logits]
+        balances += [sum(own).item() / len(own)] * int(is_target.sum())
+        wanted = wanted + nll + 0.7 * is_target.sum() * sum(own) / len(own)
+    wanted = wanted / objective.count(window)
+    wanted.backward()
+    differs("balance loss", abs(found - wanted.item()), 1e-4)
+    differs("balance gradients", apart(gradients(model), gradients(theirs)), 1e-4)
+    assert objective.figures() == pytest.approx({"balance_loss": np.mean(balances)}, rel=1e-5)
 
 
 @experts_in_peft

@@ -37,6 +37,7 @@ import nanoft.model
 import train
 from nanoft.kernels import attention, experts
 from nanoft.objectives import OBJECTIVES, reference
+from nanoft.objectives.balance import BalancedSFT
 from nanoft.training import self_test
 from tiny_models import make_chat_model, write_records
 
@@ -117,14 +118,16 @@ def test_no_micro_batch_waits_for_the_device(
     assert not found, "\n".join(sorted({*found}))
 
 
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("grouped", "alpha"), [(True, 0.0), (True, 0.1), (False, 0.0)])
 def test_grouped_products_of_experts_wait_for_nothing(
-    grouped: bool, root: Path, tmp_path: Path, monkeypatch: Patch
+    grouped: bool, alpha: float, root: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Where there is a kernel for them; the loop waits for the number of rows of each expert."""
     make_family("qwen3_moe", tmp_path / "base")
     monkeypatch.setattr(experts, "has_grouped_products", lambda device, dtype: grouped and dtype == torch.float32)
     adapted = {"model__name": tmp_path / "base", "lora__target_modules": "all-linear", "lora__dropout": 0.1}
+    adapted |= {"training__balance_loss": alpha}
+    monkeypatch.setitem(OBJECTIVES, "sft", BalancedSFT if alpha else OBJECTIVES["sft"])
     found = waits_of_a_run("sft", root, tmp_path, monkeypatch, **adapted)
     assert {place.rpartition("/")[2].partition(":")[0] for place in found} == (set() if grouped else {"moe.py"})
 
@@ -386,7 +389,13 @@ def test_kto_refuses_a_step_of_one_answer(root: Path, tmp_path: Path, capsys: Ca
 @pytest.mark.parametrize("objective", BEYOND_SFT)
 @pytest.mark.parametrize(
     "field",
-    ["training.label_smoothing=0.1", "training.z_loss=0.1", "training.neftune_alpha=5", "data.train_on=all"],
+    [
+        "training.label_smoothing=0.1",
+        "training.z_loss=0.1",
+        "training.neftune_alpha=5",
+        "training.balance_loss=0.1",
+        "data.train_on=all",
+    ],
 )
 def test_what_only_supervised_training_reads_is_refused(
     objective: str, field: str, root: Path, tmp_path: Path, capsys: Capture
