@@ -81,11 +81,6 @@ def dataset(name: Any) -> Any:
     return name if is_path else f"hf://datasets/{name}"
 
 
-def trackers(wanted: Any) -> Any:
-    """A tracker, or a list of them, whose names `chosen_trackers` checks."""
-    return ",".join(sorted(map(str, wanted))) if isinstance(wanted, list) else wanted
-
-
 def pairs(text: str) -> dict[str, str]:
     """'a=b c=d' -> {a: b, c: d}."""
     return dict(pair.split("=") for pair in text.split())
@@ -183,7 +178,7 @@ TRANSLATED = {
     "logging_strategy": Alias("training.log_steps", STRATEGY, "set logging_steps"),
     "log_level": Alias("logging.level", LEVELS),
     "logging_steps": Alias("training.log_steps", whole),
-    "report_to": Alias("logging.report_to", trackers),
+    "report_to": Alias("logging.report_to"),
     "disable_tqdm": Alias("logging.progress_bar", {True: False, False: True}),
     "eval_strategy evaluation_strategy": Alias("training.eval_steps", STRATEGY, "set eval_steps"),
     "eval_steps": Alias("training.eval_steps", whole),
