@@ -29,7 +29,7 @@ from nanoft import UserError, __version__
 from nanoft.config import Config
 from nanoft.config.loading import CONFIGS, read_overrides, split_words
 from nanoft.runtime import distributed
-from nanoft.runtime.memory import memory_limit_bytes, set_metal_limit, total_memory_gb
+from nanoft.runtime.memory import WATERMARK, memory_limit_bytes, total_memory_gb
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # minimum memory in GB
@@ -46,8 +46,8 @@ def choose_device(wanted: str) -> torch.device:
     if wanted not in available:
         there = ", ".join(available)
         raise UserError(f"system.device: {wanted} is not available here (available: {there}): set system.device=auto")
-    if wanted == "mps":
-        set_metal_limit()
+    if wanted == "mps" and WATERMARK not in os.environ:  # the user has set no limit: what Metal recommends
+        torch.mps.set_per_process_memory_fraction(1.0)
     return torch.device(wanted)
 
 
@@ -244,9 +244,7 @@ def select_device(device: torch.device, sharding: str) -> None:
         wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), torch.cuda.device_count()
         if wanted > there:
             raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
-        if "LOCAL_RANK" not in os.environ:
-            raise UserError("torchrun: LOCAL_RANK is not set, so a process cannot know its GPU: start with torchrun")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", distributed.process_rank() % there)))
 
 
 def pick_config(overrides: list[str]) -> Path:

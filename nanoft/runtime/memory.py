@@ -62,12 +62,6 @@ def available_bytes(device: torch.device) -> float:
     return memory_limit_bytes(device) - in_use
 
 
-def set_metal_limit() -> None:
-    """Limit this process to the memory that Metal recommends, unless the user has set a limit."""
-    if WATERMARK not in os.environ:
-        torch.mps.set_per_process_memory_fraction(1.0)
-
-
 def total_memory_gb(device: torch.device) -> float:
     """Memory of a CUDA GPU, or else of the machine, in 10^9 bytes."""
     if device.type == "cuda":
