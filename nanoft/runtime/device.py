@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import random
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -175,17 +174,14 @@ def library_versions() -> dict[str, str]:
     return {"nanoft": __version__, "python": platform.python_version(), **libraries}
 
 
-def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: int, seconds: float = 0.5) -> float:
+def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: int) -> float:
     """Measured speed of x W^T, x (2048, inner), W (outer, inner), in 10^9 operations per second."""
+    from torch.utils.benchmark import Timer  # takes half a second
+
     x = torch.randn(2048, inner, device=device).to(dtype)
-    weight = torch.randn(outer, inner, device=device).to(dtype)
-    flop, done, started = 2 * x.numel() * len(weight), 0, 0.0
-    while done < 3 or time.perf_counter() - started < seconds:
-        if done == 2:  # the first two warm up
-            started = time.perf_counter()
-        (x @ weight.T)[0, 0].item()  # waits for the device
-        done += 1
-    return (done - 2) * flop / 1e9 / (time.perf_counter() - started)
+    known = {"x": x, "weight": torch.randn(outer, inner, device=device).to(dtype)}
+    timer = Timer("(x @ weight.T)[0, 0].item()  # waits", globals=known, num_threads=torch.get_num_threads())
+    return 2 * x.numel() * outer / 1e9 / timer.blocked_autorange(min_run_time=0.5).median
 
 
 @dataclass(frozen=True)
