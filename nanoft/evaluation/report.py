@@ -46,15 +46,11 @@ class ReportInputs:
     shown: int = 3  # answers shown side by side
     seed: int = 0
 
-    def compared(self) -> dict[str, Comparison]:
-        """Each figure that both models have."""
-        before, after = self.base.figures if self.base else {}, self.tuned.figures
-        return {name: compare(before[name], after[name], self.seed) for name in after if name in before}
-
 
 def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     """The object of report.json, the text for the terminal, and report.md."""
-    compared, outcome = inputs.compared(), outcomes(inputs)
+    before, after, outcome = inputs.base.figures if inputs.base else {}, inputs.tuned.figures, outcomes(inputs)
+    compared = {name: compare(before[name], after[name], inputs.seed) for name in after if name in before}
     values: dict[str, Any] = {
         "verdict": verdict(inputs, compared), "warnings": warnings(inputs, compared),
         "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
