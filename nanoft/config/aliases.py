@@ -81,11 +81,6 @@ def dataset(name: Any) -> Any:
     return name if is_path else f"hf://datasets/{name}"
 
 
-def trackers(wanted: Any) -> Any:
-    """A tracker, or a list of them, whose names `chosen_trackers` checks."""
-    return ",".join(sorted(map(str, wanted))) if isinstance(wanted, list) else wanted
-
-
 def pairs(text: str) -> dict[str, str]:
     """'a=b c=d' -> {a: b, c: d}."""
     return dict(pair.split("=") for pair in text.split())
@@ -114,10 +109,7 @@ SCHEDULES: dict[str, Any] = {
     "constant_with_warmup": "constant",
     "constant": {"training.lr_scheduler": "constant", "training.warmup_steps": 0},
 }
-OBJECTIVES: dict[str, Any] = {name: {"training.objective": name} for name in ("dpo", "kto", "orpo", "simpo", "grpo")}
-GRPO_LOSSES: dict[str, Any] = {
-    name: {"training.objective": "grpo", "rl.loss_normalization": name} for name in ("dapo", "grpo", "dr_grpo")
-}
+OBJECTIVES: dict[str, Any] = {name: {"training.objective": name} for name in ("dpo", "kto", "orpo", "simpo")}
 STRATEGY = {"steps": {}, "no": 0, "epoch": "epoch"}
 ORDERS: dict[str, Any] = {"random": False, "group_by_length": True, "sequential": {"training.shuffle": False}}
 LEVELS: dict[str, Any] = {name: name for name in ("debug", "info", "warning", "error")}
@@ -136,7 +128,6 @@ SAME_NAME = """
     training.learning_rate training.warmup_ratio training.weight_decay training.max_grad_norm
     training.early_stopping_patience training.early_stopping_threshold system.seed
     preference.beta preference.label_smoothing preference.desirable_weight preference.undesirable_weight
-    rl.reward_weights rl.temperature rl.top_p
 """
 # name=field: other names that mean the same, with the same values
 RENAMED = """
@@ -152,8 +143,6 @@ RENAMED = """
     save_total_limit=training.keep_checkpoints rl_beta=preference.beta orpo_alpha=preference.beta
     dpo_label_smoothing=preference.label_smoothing rpo_alpha=preference.sft_weight simpo_gamma=preference.gamma
     kto_desirable_weight=preference.desirable_weight kto_undesirable_weight=preference.undesirable_weight
-    reward_funcs=rl.reward num_iterations=rl.updates max_completion_length=rl.max_new_tokens
-    mask_truncated_completions=rl.mask_truncated importance_sampling_level=rl.ratio epsilon_high=rl.clip_high
     eval_on_start=evaluation.on_start per_device_eval_batch_size=evaluation.batch_size
     max_eval_samples=evaluation.max_samples output_dir=output.dir full_determinism=system.deterministic
 """
@@ -189,7 +178,7 @@ TRANSLATED = {
     "logging_strategy": Alias("training.log_steps", STRATEGY, "set logging_steps"),
     "log_level": Alias("logging.level", LEVELS),
     "logging_steps": Alias("training.log_steps", whole),
-    "report_to": Alias("logging.report_to", trackers),
+    "report_to": Alias("logging.report_to"),
     "disable_tqdm": Alias("logging.progress_bar", {True: False, False: True}),
     "eval_strategy evaluation_strategy": Alias("training.eval_steps", STRATEGY, "set eval_steps"),
     "eval_steps": Alias("training.eval_steps", whole),
@@ -199,15 +188,9 @@ TRANSLATED = {
     "metric_for_best_model": Alias(values={"loss": {}, "eval_loss": {}}, fix=LOWEST_LOSS),
     "greater_is_better": Alias(values={False: {}}, fix=LOWEST_LOSS),
     "use_cpu no_cuda": Alias("system.device", {True: "cpu", False: {}}),
-    # Preferences and rewards (DPOConfig, KTOConfig, CPOConfig, GRPOConfig)
+    # Preferences (DPOConfig, KTOConfig, CPOConfig)
     "rl": Alias(values=OBJECTIVES | {"ipo": {"training.objective": "dpo", "preference.loss": "ipo"}}),
-    "loss_type": Alias(
-        "preference.loss", {name: name for name in ("sigmoid", "robust", "ipo")} | OBJECTIVES | GRPO_LOSSES
-    ),
-    "num_generations": Alias("rl.group_size", lambda size: {"training.objective": "grpo", "rl.group_size": size}),
-    "epsilon": Alias(values={}, fix="write a file with sections and set rl.clip_low and rl.clip_high"),
-    "scale_rewards": Alias("rl.advantage_scale", {True: "group", False: "none", "group": "group", "none": "none"}),
-    "use_bias_correction_kl": Alias(values={True: {}}, fix="remove it: the ratio always weighs the divergence"),
+    "loss_type": Alias("preference.loss", {name: name for name in ("sigmoid", "robust", "ipo")} | OBJECTIVES),
     # What nanoft does anyway, or what changes no result
     "do_train": Alias(values={True: {}}, fix="eval.py evaluates without training"),
     "do_eval": Alias(values={True: {}}, fix="set eval_strategy=no to evaluate only at the end"),

@@ -14,20 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanoft import UserError
-from nanoft.config.aliases import (
-    ALIASES,
-    DTYPES,
-    LEVELS,
-    RULES,
-    Alias,
-    Meaning,
-    Note,
-    Rule,
-    Settings,
-    noted,
-    pairs,
-    steps,
-)  # fmt: skip
+from nanoft.config.aliases import ALIASES, RULES, Alias, Meaning, Note, Rule, Settings, noted, pairs
 from nanoft.config.settings import FIELDS, SECTION_TYPES, Config
 from nanoft.io.tables import wrap
 
@@ -105,12 +92,12 @@ MLX_RENAMED = """
 """
 LAYOUT = "the run directory (output.dir) has its own layout: checkpoints/, adapter/, train.log, metrics.jsonl"
 MLX_TRANSLATED = {
-    "model.dtype": Alias("model.dtype", DTYPES),
+    "model.dtype": ALIASES["dtype"],
     "model.trust_remote_code": noted("code that comes with a model is never run", False),
     "lora.task_type": ALIASES["task_type"],
     "data.train_split": Alias("data.validation_split", lambda share: round(1 - up_to(0.999)(share), 12)),
     "data.seed": noted("system.seed also seeds the split and the order"),
-    "training.max_steps": Alias("training.max_steps", steps),
+    "training.max_steps": ALIASES["max_steps"],
     "training.lr_scheduler_type": Alias("training.lr_scheduler", {n: n for n in ("cosine", "linear", "constant")}),
     "training.warmup_ratio": Alias(values=lambda n: {"training.warmup_ratio": n, "training.warmup_steps": None}),
     "training.save_best_checkpoint": noted("the best checkpoint is always kept", True),
@@ -118,7 +105,7 @@ MLX_TRANSLATED = {
     **dict.fromkeys(("output.checkpoint_dir", "output.final_model_dir", "output.logs_dir"), noted(LAYOUT)),
     **dict.fromkeys(("output.metrics_dir", "logging.log_file"), noted(LAYOUT)),
     "output.overwrite_output_dir": ALIASES["overwrite_output_dir"],
-    "logging.level": Alias("logging.level", LEVELS),
+    "logging.level": ALIASES["log_level"],
     "logging.console": Alias(values={True: {}, False: {"logging.progress_bar": False, "logging.show_example": False}}),
     "logging.file": noted("train.log is always written", True),
     "logging.json_logs": noted("metrics.jsonl is always written", True),

@@ -346,7 +346,7 @@ def read_file(
         try:
             if isinstance(record, dict):
                 record = record | {name: record[column] for name, column in found.items() if column in record}
-            yield _convert(record, shape, function, str(path), line, data, learns)
+            yield convert(record, shape, function, str(path), line, data, learns)
         except BadRecord as reason:
             yield Rejected(str(reason), str(path), line, reason.kind if isinstance(reason, Skipped) else MALFORMED)
         except RecursionError:  # from formatting a value for a message
@@ -362,9 +362,10 @@ def _rename(record: Raw, columns: Mapping[str, str]) -> Raw:
     return kept | {name: record[column] for name, column in columns.items()}
 
 
-def _convert(
+def convert(
     record: Raw, shape: str, function: Any, path: str, line: int, data: DataConfig, learns: Learns
 ) -> Conversation:
+    """A record of a shape, read from a place; a BadRecord if it does not have this shape."""
     if isinstance(record, BadRecord):
         raise record
     shapes = SHAPES_OF[learns]

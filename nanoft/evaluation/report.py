@@ -46,24 +46,18 @@ class ReportInputs:
     shown: int = 3  # answers shown side by side
     seed: int = 0
 
-    def compared(self) -> dict[str, Comparison]:
-        """Each figure that both models have."""
-        before, after = self.base.figures if self.base else {}, self.tuned.figures
-        return {name: compare(before[name], after[name], self.seed) for name in after if name in before}
-
 
 def report(inputs: ReportInputs) -> tuple[dict[str, Any], str, str]:
     """The object of report.json, the text for the terminal, and report.md."""
-    compared, outcome = inputs.compared(), outcomes(inputs)
+    before, after, outcome = inputs.base.figures if inputs.base else {}, inputs.tuned.figures, outcomes(inputs)
+    compared = {name: compare(before[name], after[name], inputs.seed) for name in after if name in before}
     values: dict[str, Any] = {
         "verdict": verdict(inputs, compared), "warnings": warnings(inputs, compared),
         "changes": {name: dataclasses.asdict(c) for name, c in compared.items()},
         "by": breakdowns(inputs), "answers": answers(inputs, outcome),
         "leakage": inputs.leakage, "training": inputs.training, "cost": cost(inputs), "provenance": inputs.provenance,
     }  # fmt: skip
-    counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
-    rate = values["answers"].get("win_rate", {}).get("said")
-    won = [f"answers   {counts} (by {label(inputs.primary)}): {rate}"] if rate else []
+    won = [f"answers   {values['answers']['win_rate']['said']}"] if outcome else []
     lines = [f"verdict   {values['verdict']}", *won, *(f"warning: {line}" for line in values["warnings"])]
     head = "\n".join(wrap(line, 10) for line in lines)
     main, samples = comparison(inputs, compared), side_by_side(inputs.base, inputs.tuned, range(inputs.shown))
@@ -231,11 +225,12 @@ def outcomes(inputs: ReportInputs) -> list[str]:
     return ["wins" if gain > 1e-9 else "losses" if gain < -1e-9 else "ties" for gain in gains.tolist()]
 
 
-def win_rate(outcome: Sequence[str], seed: int) -> dict[str, Any]:
+def win_rate(outcome: Sequence[str], metric: str, seed: int) -> dict[str, Any]:
     """The share of prompts on which the tuned model wins, with its interval; ties count half."""
     i = interval(Figure.mean([{"wins": 1.0, "ties": 0.5, "losses": 0.0}[word] for word in outcome]), seed)
-    said = f"win rate {i.value:.1%} (95 % interval {i.low:.1%} to {i.high:.1%}; ties count half)"
-    return {**dataclasses.asdict(i), "said": said}
+    rate = f"win rate {i.value:.1%} (95 % interval {i.low:.1%} to {i.high:.1%}; ties count half)"
+    counts = ", ".join(f"{outcome.count(word):,} {word}" for word in OUTCOMES)
+    return {**dataclasses.asdict(i), "said": f"{counts} (by {label(metric)}): {rate}"}
 
 
 def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
@@ -250,7 +245,7 @@ def answers(inputs: ReportInputs, outcome: Sequence[str]) -> dict[str, Any]:
         for line, before, word in zip(each, inputs.base.completions, outcome, strict=True):
             line.update({"base_rewards": before.rewards} if before.rewards else {}, base=before.answer, outcome=word)
     counts: dict[str, Any] = {word: outcome.count(word) for word in OUTCOMES} if outcome else {}
-    counts |= {"win_rate": win_rate(outcome, inputs.seed)} if outcome else {}
+    counts |= {"win_rate": win_rate(outcome, inputs.primary, inputs.seed)} if outcome else {}
     return {"metric": inputs.primary, **counts, "worst": worst(inputs), "each": each}
 
 
@@ -315,9 +310,7 @@ def _markdown(inputs: ReportInputs, values: dict[str, Any], main: str, breakdown
     answered = values["answers"]
     shown = {"Worst answers": answered.get("worst", ()), "Answers side by side": range(inputs.shown)}
     if "wins" in answered:
-        counts = [f"{answered[word]:,}" for word in OUTCOMES]
-        text += f"\n## Answers: wins and losses by {label(inputs.primary)}\n\n{markdown_table(OUTCOMES, [counts])}\n"
-        text += f"\n{_sentence(answered['win_rate']['said'])}\n"
+        text += f"\n## Answers\n\n{_sentence(answered['win_rate']['said'])}\n"
         losses = [number for number, line in enumerate(answered["each"]) if line["outcome"] == "losses"]
         shown = {"Losses": losses[:WORST], **shown}
     for heading, which in shown.items():

@@ -1,8 +1,9 @@
 """`python -m nanoft chat MODEL < questions.txt`: each line is answered separately, in batches, in order.
 
 A plain line is a question; a blank line gets a blank answer. With --json, a line is a question as a JSON string, a list
-of messages, or an object with `prompt` or `messages` (and `tools`). It is written back as an object with the `answer`,
-the reason for its end (`finish_reason`: stop or length), and with --compare the base model's answer, `base`.
+of messages, or an object with `prompt` or `messages` (and `tools`), as in the data of rewards: an answer at the end is
+not part of the question. It is written back as an object with the `answer`, the reason for its end (`finish_reason`:
+stop or length), and with --compare the base model's answer, `base`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoft import UserError
-from nanoft.data.chat_tokenizer import ChatTokenizer, Message
-from nanoft.data.formats import parse_tools, turns_of
+from nanoft.config import DataConfig
+from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.data.formats import convert
 from nanoft.data.sources import BadRecord, decode_json
 from nanoft.generation.generate import Answer
 
@@ -39,12 +41,13 @@ class LineReader:
         """(line number, the record to write back, the ids of its prompt, the token limit of its answer)."""
         try:
             record = _record(line) if self.as_json else {"prompt": line.decode().strip()}
-            messages = _messages(record)
+            shape = "messages" if "messages" in record else "prompt"
+            read = convert(record, shape, None, "stdin", number, DataConfig(), "prompts")
+            messages, tools = read.messages[: read.answer_at], read.tools
             if self.system and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self.system}, *messages]
-            tools = parse_tools(record)
-            prompt = self.chat.encode_prompt(messages, tools)
-            if tools and prompt == self.chat.encode_prompt(messages):
+            prompt = self.chat.encode_prompt(messages, tools, read.template_args)
+            if tools and prompt == self.chat.encode_prompt(messages, None, read.template_args):
                 raise UserError("the chat template omits tools: remove them")
             return number, record, prompt, answer_limit(prompt, self.context, self.max_new_tokens)
         except UnicodeDecodeError:
@@ -99,25 +102,11 @@ def _record(line: bytes) -> dict[str, Any]:
     except BadRecord as reason:
         raise UserError(f"{reason}: without --json, lines are plain text") from None
     record = {"prompt": value} if isinstance(value, str) else {"messages": value} if isinstance(value, list) else value
-    if not isinstance(record, dict) or not {"prompt", "messages"} & record.keys():
+    if not isinstance(record, dict) or not (record.get("prompt") or record.get("messages")):
         raise UserError("expected a string, a list of messages, or an object with prompt or messages")
     if taken := [name for name in GIVEN if name in record]:
         raise UserError(f"{taken[0]}: reserved for the output: rename the field")
     return record
-
-
-def _messages(record: dict[str, Any]) -> list[Message]:
-    said = record.get("messages", record.get("prompt"))
-    if isinstance(said, str):
-        return [{"role": "user", "content": said}]
-    try:
-        messages = turns_of({"messages": said}, "messages", {})
-    except (BadRecord, TypeError, AttributeError, ValueError, LookupError) as error:
-        raise UserError(f"{error}" if isinstance(error, BadRecord) else "messages: a message is malformed") from None
-    assert not isinstance(messages, str)
-    if messages[-1]["role"] == "assistant":
-        raise UserError("messages: the last one is an answer: remove it")
-    return messages
 
 
 def _written(reader: LineReader, record: dict[str, Any], answers: dict[str, Answer]) -> str:

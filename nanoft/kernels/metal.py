@@ -2,7 +2,7 @@
 
 - Attention: PyTorch's kernel keeps the weights of all pairs for backward, so it runs in chunks of queries (below).
 - NF4 is unpacked by a table look-up in plain PyTorch (nanoft/nf4.py), because bitsandbytes has no kernels for Metal.
-- The memory limit (runtime/memory.py) and dropout in recomputed blocks (runtime/device.py) do not need kernels.
+- The memory limit and dropout in recomputed blocks (runtime/device.py) do not need kernels.
 - There is no float64 and no pinned memory. Everything else runs the same operations as elsewhere.
 """
 

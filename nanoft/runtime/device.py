@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import random
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from nanoft import UserError, __version__
 from nanoft.config import Config
 from nanoft.config.loading import CONFIGS, read_overrides, split_words
 from nanoft.runtime import distributed
-from nanoft.runtime.memory import memory_limit_bytes, set_metal_limit, total_memory_gb
+from nanoft.runtime.memory import WATERMARK, memory_limit_bytes, total_memory_gb
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GPU_CONFIGS = {"gpu_80gb.py": 78, "gpu_24gb.py": 23, "gpu_12gb.py": 12, "gpu_8gb.py": 0}  # minimum memory in GB
@@ -46,8 +45,8 @@ def choose_device(wanted: str) -> torch.device:
     if wanted not in available:
         there = ", ".join(available)
         raise UserError(f"system.device: {wanted} is not available here (available: {there}): set system.device=auto")
-    if wanted == "mps":
-        set_metal_limit()
+    if wanted == "mps" and WATERMARK not in os.environ:  # the user has set no limit: what Metal recommends
+        torch.mps.set_per_process_memory_fraction(1.0)
     return torch.device(wanted)
 
 
@@ -175,17 +174,14 @@ def library_versions() -> dict[str, str]:
     return {"nanoft": __version__, "python": platform.python_version(), **libraries}
 
 
-def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: int, seconds: float = 0.5) -> float:
+def matmul_gflop_s(device: torch.device, dtype: torch.dtype, inner: int, outer: int) -> float:
     """Measured speed of x W^T, x (2048, inner), W (outer, inner), in 10^9 operations per second."""
+    from torch.utils.benchmark import Timer  # takes half a second
+
     x = torch.randn(2048, inner, device=device).to(dtype)
-    weight = torch.randn(outer, inner, device=device).to(dtype)
-    flop, done, started = 2 * x.numel() * len(weight), 0, 0.0
-    while done < 3 or time.perf_counter() - started < seconds:
-        if done == 2:  # the first two warm up
-            started = time.perf_counter()
-        (x @ weight.T)[0, 0].item()  # waits for the device
-        done += 1
-    return (done - 2) * flop / 1e9 / (time.perf_counter() - started)
+    known = {"x": x, "weight": torch.randn(outer, inner, device=device).to(dtype)}
+    timer = Timer("(x @ weight.T)[0, 0].item()  # waits", globals=known, num_threads=torch.get_num_threads())
+    return 2 * x.numel() * outer / 1e9 / timer.blocked_autorange(min_run_time=0.5).median
 
 
 @dataclass(frozen=True)
@@ -244,9 +240,7 @@ def select_device(device: torch.device, sharding: str) -> None:
         wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), torch.cuda.device_count()
         if wanted > there:
             raise UserError(f"torchrun: {wanted} processes for {there} GPUs: set --nproc-per-node {there}")
-        if "LOCAL_RANK" not in os.environ:
-            raise UserError("torchrun: LOCAL_RANK is not set, so a process cannot know its GPU: start with torchrun")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", distributed.process_rank() % there)))
 
 
 def pick_config(overrides: list[str]) -> Path:

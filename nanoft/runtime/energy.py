@@ -5,8 +5,9 @@ The processor, memory, fans and the power supply are not measured: the figure is
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,36 +18,24 @@ class EnergyMeter:
     """The energy of a device between calls."""
 
     def __init__(self, device: torch.device):
-        self.read = gpu_counter(device) if device.type == "cuda" else no_counter
+        self.total: Any = None  # NVML's function, of the driver's own library
+        self.handle, self.millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+        with contextlib.suppress(OSError, AttributeError):  # no driver, or an older one
+            if device.type == "cuda":
+                nvml = ctypes.CDLL("libnvidia-ml.so.1")
+                nvml.nvmlInit_v2()
+                name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+                nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(self.handle))
+                self.total = nvml.nvmlDeviceGetTotalEnergyConsumption
         self.last = self.read()
 
+    def read(self) -> float:
+        """The counter in joules; 0 without one, as for a MIG slice, where NVML returns an error."""
+        if self.total:
+            self.total(self.handle, ctypes.byref(self.millijoules))
+        return self.millijoules.value / 1000
+
     def used(self) -> float:
-        """Joules since the last call, or since the start; 0 without a counter."""
+        """Joules since the last call, or since the start."""
         before, self.last = self.last, self.read()
         return self.last - before
-
-
-def no_counter() -> float:
-    return 0.0
-
-
-def gpu_counter(device: torch.device) -> Callable[[], float]:
-    """A function that reads NVML's counter in joules, through the driver's own library.
-
-    Some GPUs have none, such as a MIG slice: NVML returns an error, and the value stays as it is.
-    """
-    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        nvml.nvmlInit_v2()
-        nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle))
-        total = nvml.nvmlDeviceGetTotalEnergyConsumption
-    except (OSError, AttributeError):  # no driver, or an older one
-        return no_counter
-
-    def read() -> float:
-        total(handle, ctypes.byref(millijoules))
-        return millijoules.value / 1000
-
-    return read

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import re
 import resource
 import statistics
@@ -60,12 +59,6 @@ def available_bytes(device: torch.device) -> float:
     """Memory that new tensors may take on the device; on CUDA this includes what PyTorch has reserved but not used."""
     in_use = torch.cuda.memory_allocated(device) if device.type == "cuda" else held_bytes(device)
     return memory_limit_bytes(device) - in_use
-
-
-def set_metal_limit() -> None:
-    """Limit this process to the memory that Metal recommends, unless the user has set a limit."""
-    if WATERMARK not in os.environ:
-        torch.mps.set_per_process_memory_fraction(1.0)
 
 
 def total_memory_gb(device: torch.device) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import math
 import shutil
@@ -23,14 +22,13 @@ from typing import Any
 
 from nanoft import UserError
 from nanoft.io.atomic import replace_file
-from nanoft.io.tables import format_duration, markdown_table, wrap
+from nanoft.io.tables import format_duration, markdown_table
 from nanoft.io.untrusted import one_line, read_json_or_empty
 from nanoft.tracking import page, plots
 from nanoft.tracking.plots import Events, number, read_events
 from nanoft.tracking.run import may_be_running
 
 IGNORED = ("logging", "output", "provenance")  # sections that do not change what is trained
-PACE = 20  # the time per step is the median over this many train events
 HOME, REST = "\x1b[H\x1b[2J", "\x1b[0J"  # clear the screen and go to its top; clear below the cursor
 
 
@@ -149,45 +147,32 @@ def _figure(value: float, form: str) -> str:
 
 
 def follow(directory: Path, every_s: float) -> int:
-    """Show a run until it is done or no process owns it any more; outside a terminal, one line per event."""
+    """Redraw the state of a run until it is done or no process owns it any more; outside a terminal, only its end."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--follow: {directory}: not a directory: give a run directory")
-    redraws, lock = sys.stdout.isatty(), directory / ".lock"
-    seen: set[str] = set()
-    if not redraws and not (directory / "metrics.jsonl").exists():
-        print(f"{directory}: waiting for the run to start", flush=True)
-    while True:
+    lock, goes_on = directory / ".lock", True
+    while goes_on:
         # Checked before the file is read. The lock is not taken; its note names the process that owns the run.
         note = lock.read_text("utf-8", errors="replace").strip() if lock.is_file() else ""
         is_running = not (directory / "metrics.jsonl").exists() or may_be_running(note)
-        events = read_events(directory)
-        if redraws:
-            width = shutil.get_terminal_size((80, 24)).columns - 1
-            lines = [line[:width] for line in dashboard(directory.name, events, width)]
-            print(HOME + "\n".join(lines) + REST, flush=True)
-        else:
-            for line in map(event_line, events.of("train", "eval", "warning", "done")):
-                if line not in seen:
-                    seen.add(line)
-                    print(wrap(line, 2), flush=True)
-        if events.of("done") or not is_running:
-            break
-        time.sleep(every_s)
-    if events.damaged and not redraws:
-        print(f"skipped {events.damaged:,} damaged lines")
+        events, width = read_events(directory), shutil.get_terminal_size((80, 24)).columns - 1
+        goes_on = is_running and not events.of("done")
+        picture = "\n".join(line[:width] for line in dashboard(directory.name, events, width))
+        if sys.stdout.isatty():
+            print(HOME + picture + REST, flush=True)
+        if goes_on:
+            time.sleep(every_s)
+    if not sys.stdout.isatty():
+        print(picture)
     if not events.of("done"):
         print(f"{directory}: stopped before its end: run the same train.py command again to resume")
     return 0
 
 
 def event_line(event: dict[str, Any]) -> str:
-    """An event as text: step 20 train: loss 1.234, grad norm 0.5, ..."""
-    names = {
-        "train": ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb"),
-        "eval": ("loss", "perplexity"),
-        "warning": ("what", "text", "error"),
-        "done": ("steps", "seconds", "tokens_per_second", "peak_memory_gb"),
-    }[event["event"]]
+    """A train or warning event as text: step 20 train: loss 1.234, grad norm 0.5, ..."""
+    train = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb")
+    names = train if event["event"] == "train" else ("what", "text", "error")
     short = {"learning_rate": "lr", "tokens_per_second": "tok/s", "peak_memory_gb": "GB"}
     values = {short.get(name, name.replace("_", " ")): event[name] for name in names if name in event}
     parts = [f"{name} {f'{v:.4g}' if isinstance(v, (int, float)) else v}" for name, v in values.items()]
@@ -199,10 +184,10 @@ def dashboard(name: str, events: Events, width: int = 72) -> list[str]:
     name = one_line(name)
     if not events.lines:
         return [f"{name}: has not started"]
-    step, total, left = progress(events)
+    step = max(line["step"] for line in events.lines)
+    total = max([number(line.get("total_steps")) for line in events.of("memory") if "total_steps" in line] or [0.0])
     head = f"{name}  step {step:g}" + (f" of {total:g} ({step / total:.0%})" if total else "")
-    state = "done" if events.of("done") else f"{format_duration(left)} left" if math.isfinite(left) else ""
-    lines = [f"{head}  {state}"]
+    lines = [head + "  done" * bool(events.of("done"))]
     if train := events.of("train")[-1:]:
         lines.append(event_line(train[0]))
     if best := events.best():
@@ -214,12 +199,3 @@ def dashboard(name: str, events: Events, width: int = 72) -> list[str]:
     if events.damaged:
         lines.append(f"skipped {events.damaged:,} damaged lines")
     return lines
-
-
-def progress(events: Events) -> tuple[float, float, float]:
-    """Completed steps, total steps (0: unknown), and the remaining seconds (NaN: unknown)."""
-    step = max(line["step"] for line in events.lines)
-    total = max([number(line.get("total_steps")) for line in events.of("memory") if "total_steps" in line] or [0.0])
-    train = [(line["step"], number(line.get("time"))) for line in events.of("train")[-PACE - 1 :]]
-    paces = [(t - u) / (n - m) for (m, u), (n, t) in itertools.pairwise(train) if n > m and t >= u]
-    return step, total, (total - step) * statistics.median(paces) if total and paces else math.nan

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,53 +79,42 @@ class Plots:
 
     def __init__(self, directory: Path, when: str):
         self.directory, self.when = directory, when
-        self._process: subprocess.Popen[str] | None = None
-        self._started = self._not_before = 0.0  # on the monotonic clock
+        self._thread, self._drawing = ThreadPoolExecutor(1), Future[float]()
+        self._drawing.set_result(0.0)
         self._epoch: int | None = None
         self._is_due = False
 
     def log(self, event: dict[str, Any]) -> None:
-        """Start drawing if it is due; a RuntimeError if the last drawing failed."""
-        self._collect()
+        """Start drawing if it is due and nothing is being drawn; a RuntimeError if the last drawing failed."""
         if event["event"] in ("train", "eval"):
             epoch = event.get("epoch", self._epoch)
             self._is_due |= self.when == "step" or (self.when == "epoch" and epoch != (self._epoch or 0))
             self._epoch = epoch
-        if self._is_due and self._process is None and time.monotonic() >= self._not_before:
-            self._start()
+        if self._drawing.done() and time.monotonic() >= self._drawing.result() and self._is_due:
+            self._is_due, self._drawing = False, self._thread.submit(self._draw)
 
     def close(self) -> None:
-        """Draw a last time, wait for it, and raise if it fails or takes longer than `TIMEOUT_S`."""
-        self._collect(wait=True)
-        self._start()
-        self._collect(wait=True)
+        """Draw a last time, and raise if that fails or takes longer than `TIMEOUT_S`."""
+        self._drawing.result()
+        self._draw()
 
-    def _start(self) -> None:
-        self._started, self._is_due = time.monotonic(), False
-        self._process = subprocess.Popen(
+    def _draw(self) -> float:
+        """Returns when, on the monotonic clock, the next drawing may begin, to draw for at most a tenth of the time."""
+        started = time.monotonic()
+        done = subprocess.run(
             [sys.executable, "-m", "nanoft", "plot", str(self.directory.resolve())],
             cwd=Path(__file__).parents[2],  # makes nanoft importable there
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C must reach only the training process, which ends this one itself
+            timeout=TIMEOUT_S,
+            start_new_session=True,  # Ctrl-C must reach only the training process
         )
-
-    def _collect(self, wait: bool = False) -> None:
-        if self._process is None or (self._process.poll() is None and not wait):
-            return
-        try:
-            _, stderr = self._process.communicate(timeout=TIMEOUT_S)
-        except BaseException:
-            self._process.kill()
-            self._process.communicate()
-            raise
-        code, self._process = self._process.returncode, None
-        now = time.monotonic()
-        self._not_before = now + 9 * (now - self._started)  # draws for at most a tenth of the time
-        if code:
-            raise RuntimeError((stderr.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("error: "))
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise RuntimeError(lines[-1].removeprefix("error: "))
+        return time.monotonic() + 9 * (time.monotonic() - started)
 
 
 class TensorBoard:

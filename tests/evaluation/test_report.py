@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_is_worse_than_any(loss: float) -> None:
 def test_wins_losses_and_ties_are_counted_and_listed() -> None:
     values, terminal, markdown = reported(measured(None, "rrxxr"), measured(None, "xrrxr"))
     assert "answers 1 wins, 1 losses, 3 ties (by exact match): win rate 50.0% (95 % interval " in unwrapped(terminal)
-    assert "Win rate 50.0% (95 % interval " in markdown
+    assert "\n1 wins, 1 losses, 3 ties (by exact match): win rate 50.0% (95 % interval " in markdown
     found = values["answers"]
     assert found["win_rate"]["value"] == (1 + 3 / 2) / 5
     assert 0 <= found["win_rate"]["low"] < 0.5 < found["win_rate"]["high"] <= 1

@@ -106,6 +106,15 @@ def test_json_lines_come_back_with_an_answer(chat: ChatTokenizer, capsys: pytest
     assert "4 answers were truncated (--max-new-tokens 3" in capsys.readouterr().err
 
 
+def test_an_answer_at_the_end_is_not_shown_to_the_model(chat: ChatTokenizer) -> None:
+    question = {"role": "user", "content": "a"}
+    record = {"messages": [question, {"role": "assistant", "content": "b"}], "id": 7}
+    echo = Echo(chat)
+    (line,) = through(reader_of(chat, as_json=True), echo, json.dumps(record).encode()).splitlines()
+    assert echo.prompts == [chat.render_prompt([question])]
+    assert json.loads(line).items() >= record.items()
+
+
 def test_an_answer_may_use_what_the_context_leaves(chat: ChatTokenizer) -> None:
     length = len(chat.encode_prompt([{"role": "user", "content": "long question"}]))
     limits: list[int] = []
@@ -126,9 +135,9 @@ MISTAKES = {
     b"plain\n": "stdin:2: not valid JSON",
     b'{"question": "q"}\n': "stdin:2: expected a string, a list of messages, or an object with prompt or messages",
     b"7\n": "stdin:2: expected a string",
-    b"[]\n": "stdin:2: messages is not a list of turns",
+    b"[]\n": "stdin:2: expected a string, a list of messages",
     b'[{"role": "user"}]\n': "stdin:2: messages: ",
-    b'[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]\n': "the last one is an answer",
+    b'[{"role": "assistant", "content": "b"}]\n': "stdin:2: the first message is from the assistant",
     b'{"prompt": "a", "answer": "b"}\n': "stdin:2: answer: reserved for the output: rename the field",
     b'{"prompt": "a", "tools": 5}\n': "stdin:2: tools: expected a list of functions with names",
     b'{"prompt": "a", "tools": [{"name": "f"}]}\n': "stdin:2: the chat template omits tools: remove them",

@@ -7,7 +7,6 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,14 +263,13 @@ def test_a_reward_model_is_no_function_whatever_its_directory(tmp_path: Path) ->
     assert load_config(tmp_path / "config.json", [], {}).rl.reward == ("run:judge",)
 
 
-def judging(answers: Sequence[Answered]) -> list[float]:
+def judging(each: Answered) -> float:
     """A reward model that takes some answers for a reason to fail."""
-    said = [each.answer for each in answers]
-    if "bad" in said:
+    if each.answer == "bad":
         raise UserError("the chat template refuses this")
-    if "large" in said:
+    if each.answer == "large":
         raise MemoryError
-    return [math.inf if text == "odd" else float(len(text)) for text in said]
+    return math.inf if each.answer == "odd" else float(len(each.answer))
 
 
 def test_a_reward_model_that_fails_costs_the_answers_for_which_it_does() -> None:

@@ -31,7 +31,7 @@ def test_a_counter_that_the_gpu_does_not_have_is_zero(monkeypatch: pytest.Monkey
 
 def test_a_run_adds_up_what_its_steps_took_in_all_its_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take, spent = train.accumulate, [100.0]
-    monkeypatch.setattr(energy, "no_counter", lambda: spent[0])
+    monkeypatch.setattr(EnergyMeter, "read", lambda _: spent[0])
 
     def spend(ctx: TrainContext, window: Window) -> tuple[float, float]:
         spent[0] += 7.2

@@ -14,7 +14,6 @@ import pytest
 from runs import training, write_events
 
 from nanoft.__main__ import main
-from nanoft.io.tables import wrap
 from nanoft.tracking import compare
 from nanoft.tracking.plots import Events, read_events
 from nanoft.tracking.run import Run
@@ -73,14 +72,6 @@ def test_tables_fit_80_columns_and_show_every_run(tmp_path: Path, capsys: pytest
         assert ends == [f"/{n}" for n in range(count)] * (count > 1)
 
 
-def test_lines_of_follow_fit_80_columns() -> None:
-    figures = {"loss": 1.23456, "learning_rate": 1.23456e-5, "grad_norm": 12.3456, "tokens_per_second": 1234.56}
-    event = {"event": "train", "step": 12345, **figures, "peak_memory_gb": 12.3456}
-    line = "step 12345 train: loss 1.235, lr 1.235e-05, grad norm 12.35, tok/s 1235, GB 12.35"
-    assert compare.event_line(event) == line[:80] + line[80:]
-    assert max(map(len, wrap(compare.event_line(event), 2).splitlines())) <= 80
-
-
 def test_damaged_files_beside_it_do_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, text in (("a", "[" * 99_999), ("b", '{"training": [], "tuned": 3, "lora": 5, "provenance": "x"}')):
         write_events(tmp_path / name, [])
@@ -115,19 +106,12 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert said.count("\n") == 1
 
 
-def test_the_rest_is_reckoned_by_the_median_pace() -> None:
-    events = [{"event": "memory", "step": 0, "total_steps": 100, "time": 0.0}]
-    times = [10, 12, 14, 16, 99, 101, 103]  # one pause
-    events += [{"event": "train", "step": 10 * n, "time": float(t)} for n, t in enumerate(times, start=1)]
-    assert compare.progress(Events(events)) == (70, 100, pytest.approx(30 * 0.2))
-
-
 def test_the_dashboard_tells_where_the_run_stands(tmp_path: Path) -> None:
     events = [{"event": "memory", "step": 0, "total_steps": 60}, *training(30)]
     events += [{"event": "warning", "step": 30, "what": f"w{n}", "text": "\x1b[2J hf_" + "x" * 34} for n in range(5)]
     lines = compare.dashboard("a", read_events(write_events(tmp_path, events, b"half")))
     text = "\n".join(lines)
-    assert lines[0] == "a  step 30 of 60 (50%)  30 s left"  # two seconds for two steps
+    assert lines[0] == "a  step 30 of 60 (50%)"
     assert "eval loss 0.2000, best 0.2000 at step 30" in text
     assert [f"w{n}" in text for n in range(5)] == [False, False, True, True, True]
     assert "\x1b" not in text
@@ -136,30 +120,22 @@ def test_the_dashboard_tells_where_the_run_stands(tmp_path: Path) -> None:
     assert compare.dashboard("a", Events()) == ["a: has not started"]
 
 
-def test_following_waits_for_a_run_tells_each_event_once_and_ends_with_it(tmp_path: Path) -> None:
+def test_following_waits_for_a_run_and_ends_with_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nanoft", "compare", "--follow", str(tmp_path / "run"), "--every", "0.05"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     ) as process:
-        assert process.stdout is not None
-        assert "waiting for the run to start" in process.stdout.readline()
+        time.sleep(0.5)
         with Run.open(tmp_path / "run") as run:
             run.open_metrics(0, [0, 0], [])
             for step in (1, 2, 3):
                 run.log("train", step, loss=1.0 / step)
                 time.sleep(0.1)
-            run.open_metrics(2, [0, 2], [], rolled_back=True)  # the file is written anew, without step 3
-            run.log("train", 3, loss=9.0)
-            run.log("eval", 3, loss=0.5, perplexity=2.0)
+            assert process.poll() is None
             run.log("done", 3, steps=3)
-        said, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
-    lines = said.splitlines()
-    assert [line.split(":")[0] for line in lines if "eval" not in line and "done" not in line] == [
-        "step 1 train", "step 2 train", "step 3 train", "step 3 train",
-    ]  # fmt: skip
-    assert lines[-2:] == ["step 3 eval: loss 0.5, perplexity 2", "step 3 done: steps 3"]
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.startswith("run  step 3  done\nstep 3 train: loss 0.3333\n")  # once, outside a terminal
 
 
 def test_following_a_run_that_nobody_works_on_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,11 +138,6 @@ def test_an_unknown_tracker_is_one_line() -> None:
 # ---- Plots
 
 
-def wait_for(plots: Plots) -> None:
-    assert plots._process is not None
-    plots._process.wait(60)
-
-
 def test_plots_are_drawn_while_the_run_goes_on_one_at_a_time_and_at_its_end(tmp_path: Path) -> None:
     needs("matplotlib")
     plots, picture = Plots(tmp_path / "run", "step"), tmp_path / "run" / "plots" / "curves.svg"
@@ -150,15 +145,16 @@ def test_plots_are_drawn_while_the_run_goes_on_one_at_a_time_and_at_its_end(tmp_
         run.open_metrics(0, [0, 0], [])
         run.trackers = [plots]
         run.log("memory", 0, total_steps=3)
-        assert plots._process is None
+        nothing = plots._drawing
         run.log("train", 1, loss=3.0)
-        first = plots._process
+        first = plots._drawing
+        assert first is not nothing
         run.log("train", 2, loss=2.0)
-        assert plots._process is first  # it goes on, and the next waits
-        wait_for(plots)
+        assert plots._drawing is first  # it goes on, and the next waits
+        first.result(60)
         early = picture.read_bytes()
         run.log("train", 3, loss=1.0)
-        assert plots._process is None  # that one is done, and the next may not begin yet
+        assert plots._drawing is first  # that one is done, and the next may not begin yet
     assert picture.read_bytes() != early
     assert not [event for event in logged(run) if event["event"] == "warning"]
 
@@ -169,13 +165,9 @@ def test_plots_are_due_when_it_was_asked_for(
 ) -> None:
     plots, drawn = Plots(tmp_path, when), []
     for step, epoch in enumerate([0, 0, 1, 1, 2], start=1):
-
-        def start(step: int = step) -> None:
-            drawn.append(step)
-            plots._is_due = False
-
-        monkeypatch.setattr(plots, "_start", start)
+        monkeypatch.setattr(plots, "_draw", lambda step=step: drawn.append(step) or 0.0)
         plots.log({"event": "train", "step": step, "epoch": epoch, "time": 0.0})
+        plots._drawing.result()
     assert drawn == epochs
 
 
@@ -183,8 +175,9 @@ def test_the_process_that_draws_finds_nanoft_from_any_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[dict[str, Any]] = []
-    monkeypatch.setattr(trackers.subprocess, "Popen", lambda *_, **options: started.append(options))
-    Plots(tmp_path, "end")._start()
+    done = subprocess.CompletedProcess("", 0)
+    monkeypatch.setattr(trackers.subprocess, "run", lambda *_, **options: started.append(options) or done)
+    Plots(tmp_path, "end").close()
     first = started[0]["cwd"]  # where `python -m` looks first
     assert (Path(first) / "nanoft" / "__init__.py").is_file()
 
