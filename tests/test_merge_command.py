@@ -454,18 +454,18 @@ FULL = """
 """
 
 
-@pytest.mark.parametrize(("form", "out"), rest_is_slow([("hf", "out"), ("gguf", "out.gguf")], ("hf", "out")))
-def test_a_disk_that_is_full_leaves_nothing(form: str, out: str, runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", rest_is_slow(["hf", "gguf"], "hf"))
+def test_a_disk_that_is_full_leaves_nothing(form: str, runs: Path, tmp_path: Path) -> None:
     if form == "gguf":
         pytest.importorskip("gguf")
-    line = [sys.executable, "-c", textwrap.dedent(FULL), str(runs / "lora"), "--out", str(tmp_path / out)]
+    line = [sys.executable, "-c", textwrap.dedent(FULL), str(runs / "lora"), "--out", str(tmp_path / "out")]
     line += ["--format", form]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "2", "2"]
     said = done.stderr.splitlines()
     assert len(said) == 3
-    assert all(text.startswith(f"error: --out: {tmp_path}/{out}: cannot be written: ") for text in said)
+    assert all(text.startswith(f"error: --out: {tmp_path}/out: cannot be written: ") for text in said)
     assert list(tmp_path.iterdir()) == []
 
 

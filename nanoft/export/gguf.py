@@ -17,8 +17,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ from nanoft.export.merge import EXPORT_DTYPES, Onto
 from nanoft.export.model_card import model_card, parity_record
 from nanoft.export.streaming import Rows, StreamedDecoder, open_rows
 from nanoft.export.verify import TOLERANCE, Proof
-from nanoft.io.atomic import new_directory, require_new, write_file, write_json
+from nanoft.io.atomic import new_directory, write_file, write_json
 from nanoft.io.bars import track
 from nanoft.model import MLP_INPUTS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import only_linears
@@ -350,7 +349,8 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
     source, out = args.sources[0], Path(args.out)
     kind, default = ("model", "f16") if args.format == "gguf" else ("adapter", "f32")
     dtype, name = args.dtype or default, Path(source).resolve().name
-    with atomic_gguf(out, f"{kind}-{dtype}.gguf") as path:
+    with new_directory(out) as staging:
+        path = staging / f"{kind}-{dtype}.gguf"
         opened = _open(args)
         if opened.model.config.has_score:
             raise UserError(f"--format {args.format}: {source} is a reward model: use --format hf or --format peft")
@@ -369,12 +369,11 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
             facts, notes, said = {}, [], f"the adapter as GGUF, for a GGUF file of {opened.base_directory}"
             recipe = modelfile(path.name, chat, str(opened.base_directory))
         weights = verify.describe_weights(opened, merged=kind == "model")
-        card_path, recipe_path, parity_path = companions(path, out)
-        card = model_card(args.format, opened, source, [said, *notes], file=path.name, recipe=recipe_path.name)
-        write_file(card_path, [card.encode()])
-        write_file(recipe_path, [recipe.encode()])
+        card = model_card(args.format, opened, source, [said, *notes], file=path.name)
+        write_file(staging / "README.md", [card.encode()])
+        write_file(staging / "Modelfile", [recipe.encode()])
         parity = parity_record(opened.model, chat, prompts, args.parity_tokens, weights)
-        write_json(parity_path, parity | facts)
+        write_json(staging / "parity.json", parity | facts)
     return [f"{out}: {said}", *notes]
 
 
@@ -394,34 +393,6 @@ def _open(args: argparse.Namespace) -> LoadedModel:
     if not args.any_base:
         merge.require_same_base(adapter)
     return opened
-
-
-@contextmanager
-def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
-    """Yield a path for a GGUF file; it and its companions are renamed together at the end, or deleted.
-
-    `out` is FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be, or a directory for the file `name`.
-    """
-    if out.suffix != ".gguf":
-        with new_directory(out) as staging:
-            yield staging / name
-        return
-    places = [*companions(out, out), out]
-    for each in places:
-        require_new(each)
-
-    def place(staging: Path, _: Path) -> None:
-        for path in places:
-            os.rename(staging / path.name, path)
-
-    with new_directory(out, place=place) as staging:
-        yield staging / out.name
-
-
-def companions(path: Path, out: Path) -> list[Path]:
-    """Paths of model card, Modelfile and parity file, with the GGUF file's name unless it has its own directory."""
-    prefix = f"{path.stem}." if out.suffix == ".gguf" else ""
-    return [path.with_name(f"{prefix}{name}") for name in ("README.md", "Modelfile", "parity.json")]
 
 
 def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> str:

@@ -44,7 +44,7 @@ chat = [{{"role": "user", "content": "Hello!"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
-OLLAMA = "\nollama create tuned -f {recipe} && ollama run tuned"
+OLLAMA = "\nollama create tuned -f Modelfile && ollama run tuned"
 SERVE = {  # in a shell
     "hf": "vllm serve {here}\nmlx_lm.chat --model {here}",
     "peft": "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={here}",
