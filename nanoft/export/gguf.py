@@ -33,7 +33,7 @@ from nanoft.batches import Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export import merge, verify
 from nanoft.export.gguf_graphs import GRAPHS, add_shape, architecture, rope_tensors, stacked_name, to_llama_cpp
-from nanoft.export.gguf_tokenizer import Vocabulary, read_vocabulary
+from nanoft.export.gguf_tokenizer import add_tokenizer
 from nanoft.export.merge import EXPORT_DTYPES, Onto
 from nanoft.export.model_card import model_card, parity_record
 from nanoft.export.streaming import Rows, StreamedDecoder, open_rows
@@ -63,10 +63,9 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
     if dtype in K_QUANTS:
         return _write_k_quants(opened, chat, name, dtype, onto, out)
     config = opened.model.config
-    vocabulary = read_vocabulary(chat, config.vocab_size)
-    gguf, writer = _open_writer(out, config, "model", f"{name} {vocabulary.named}".rstrip())
+    gguf, writer = _open_writer(out, config, "model")
     notes = add_shape(writer, config, ModelFiles.read(opened.base_directory).fields)
-    notes += _add_tokenizer(writer, chat, vocabulary)
+    notes += add_tokenizer(writer, chat, config.vocab_size, name)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     if dtype not in EXPORT_DTYPES:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -142,7 +141,8 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     if dtype not in EXPORT_DTYPES:
         raise UserError(f"--dtype: {dtype}: adapters are not quantized: choose one of {', '.join(EXPORT_DTYPES)}")
     config = opened.model.config
-    gguf, writer = _open_writer(out, config, "adapter", name)
+    gguf, writer = _open_writer(out, config, "adapter")
+    writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     alphas = {place: adapter.scaling * len(adapter.factors()[0]) for place, adapter in adapters.items()}
     alpha = next(iter(alphas.values()))
@@ -170,12 +170,11 @@ def _import_gguf() -> Any:
         raise UserError("--format gguf: needs the package gguf: pip install -e '.[gguf]'") from None
 
 
-def _open_writer(out: Path, config: DecoderConfig, kind: str, name: str) -> tuple[Any, Any]:
+def _open_writer(out: Path, config: DecoderConfig, kind: str) -> tuple[Any, Any]:
     """The gguf package and its writer of a model or an adapter."""
     gguf = _import_gguf()
     writer = gguf.GGUFWriter(out, architecture(config))
     writer.add_type(kind)
-    writer.add_name(name)
     return gguf, writer
 
 
@@ -199,39 +198,6 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
         os.fsync(writer.fout[0].fileno())
     finally:
         writer.close()
-
-
-# ---- Metadata of the tokenizer
-
-
-def _add_tokenizer(writer: Any, chat: ChatTokenizer, vocabulary: Vocabulary) -> list[str]:
-    """Add the tokenizer and the chat template; return notes."""
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.model == "llama":
-        writer.add_token_scores(vocabulary.scores)
-    else:
-        writer.add_token_merges(vocabulary.merges)
-    writer.add_add_space_prefix(vocabulary.space_prefix)
-    writer.add_add_bos_token(chat.wants_bos)
-    writer.add_add_eos_token(False)
-    unknown, padding = (chat.tokenizer.token_to_id(chat.special.get(key, "")) for key in ("unk_token", "pad_token"))
-    turn_end = chat.tokenizer.token_to_id(chat.turn_end[0]) if chat.turn_end else None
-    others = [stop for stop in chat.stop_ids if stop not in (chat.eos_id, turn_end)]
-    # llama.cpp stops on three ids (end of text, of turn, of message), and on a few texts that it knows.
-    stops = {"eos": chat.eos_id, "eot": turn_end, "eom": next(iter(others), None)}
-    for key, number in {"bos": chat.bos_id, **stops, "padding": padding, "unknown": unknown}.items():
-        if number is not None:
-            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", number)
-    writer.add_chat_template(chat.template)
-    notes = list(vocabulary.notes)
-    if others[1:]:
-        notes.append(f"llama.cpp may not stop on the ids {others[1:]}: pass their texts as stop strings")
-    if chat.template_args:
-        notes.append(f"the chat template was used with {chat.template_args}: set llama-server --chat-template-kwargs")
-    return notes
 
 
 # ---- Tensors
