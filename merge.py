@@ -178,10 +178,7 @@ def verify_merged(
         lines.append(f"note: rounding to {name} may erase an adapter this weak: --dtype f32 keeps it")
     if stored:
         lines.append(f"note: the base is stored in {form} only: there are no original weights in full precision")
-    if args.unmerge:
-        stored_in = str(ModelFiles.read(Path(args.unmerge)).dtype()).removeprefix("torch.")
-        lines.append(f"note: the merged weights had been rounded to {stored_in}, which cannot be undone")
-    elif args.verify or (adapter.quantization and not stored and not opened.model.config.has_score):
+    if args.verify or (adapter.quantization and not stored and not opened.model.config.has_score):
         limit = verify.VERIFY_TOKENS if args.verify else verify.VERIFY_TOKENS // 8
         found, tokens = verify.compare_bases(adapter, dtype, chat, samples, limit)
         lines += verify.describe_bases(found, tokens, args.base)

@@ -286,7 +286,6 @@ def test_what_was_merged_can_be_taken_out_again(
     assert run_merge(runs / "lora", "--unmerge", tmp_path / "merged", "--out", tmp_path / "back") == 0
     said = capsys.readouterr().out
     assert "subtracted from" in said
-    assert "the merged weights had been rounded to float32, which cannot be undone" in said
     base, back = weights(runs / "base"), weights(tmp_path / "back")
     assert base.keys() == back.keys()
     assert all((back[name] - tensor).abs().max() < 1e-6 for name, tensor in base.items())
@@ -295,7 +294,6 @@ def test_what_was_merged_can_be_taken_out_again(
     assert run_merge(runs / "lora", "--out", tmp_path / "half", "--dtype", "bf16") == 0
     line = ("--unmerge", tmp_path / "half", "--dtype", "f32", "--out", tmp_path / "nearly")
     assert run_merge(runs / "lora", *line) == 0
-    assert "had been rounded to bfloat16" in capsys.readouterr().out
     merged, nearly = weights(tmp_path / "merged"), weights(tmp_path / "nearly")
     for name, tensor in base.items():  # rounding moved the merged weight by at most half a step of 8 bits
         allowed = merged[name].abs() * 2.0**-8 + 1e-6

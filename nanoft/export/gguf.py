@@ -50,7 +50,7 @@ from nanoft.perplexity import safe_exp
 WRITTEN = (*EXPORT_DTYPES, "q8_0", "q5_0", "q4_0")  # by the gguf package
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: LLAMA_FTYPE_MOSTLY_... of include/llama.h
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
-BLOCK, K_BLOCK = 32, 256  # values per block: Q8_0, Q5_0, Q4_0; K-quants
+BLOCK = 32  # values of Q8_0, Q5_0 and Q4_0 with one scale
 MEASURED, LONGEST = 1024, 512  # tokens for the perplexity, if there are as many; most tokens of one sample
 Entry = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]  # name, shape, format (F32, Q8_0, ...), float32 values
 # Largest difference of a quantized model's logits, as a share of their standard deviation. A wrong order of rows
@@ -122,8 +122,6 @@ def _write_k_quants(
     with open(out, "rb") as file:
         os.fsync(file.fileno())
     unquantized.unlink()
-    if any(size % K_BLOCK for size in (opened.model.config.hidden_size, opened.model.config.intermediate_size)):
-        notes.append(f"tensors whose rows are not multiples of {K_BLOCK} use a format with smaller blocks")
     return notes
 
 
