@@ -4,7 +4,7 @@ python merge.py runs/tiny --out merged
 python merge.py runs/tiny --out merged --dtype f32 --base nf4 --verify
 python merge.py runs/tiny --out adapter --format peft
 python merge.py runs/one runs/two --weights 0.7,0.3 --out both
-python merge.py runs/tiny --out tiny.gguf --format gguf --dtype q8_0
+python merge.py runs/tiny --out tiny-gguf --format gguf --dtype q8_0
 python merge.py runs/tiny --unmerge merged --out base-again
 """
 
@@ -23,7 +23,7 @@ ELSEWHERE = {"onnx": "optimum-cli export onnx --model {out} {out}-onnx", "tensor
 PARSER = Arguments(prog="merge.py", description=__doc__)
 add = PARSER.add_argument
 add("sources", nargs="+", metavar="RUN|ADAPTER", help="run or adapter directories; several are summed")
-add("--out", required=True, metavar="DIR", help="a new directory; for GGUF, optionally FILE.gguf")
+add("--out", required=True, metavar="DIR", help="a new directory")
 add("--format", default="hf", choices=["hf", "peft", "mlx", *GGUF, *ELSEWHERE], help="default: hf, a merged model")
 add("--dtype", choices=DTYPES, help="of the weights; default: that of the base, f16 for gguf, f32 for gguf-lora")
 add("--base", default="original", choices=["original", "nf4"], help="merge into the original or the quantized weights")
@@ -97,8 +97,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--unmerge: uses that model's weights as they are: remove --base and --verify")
     if args.parity_tokens < 0:
         raise UserError(f"--parity-tokens: {args.parity_tokens} is out of range: it must be >= 0 (0: no answers)")
-    if args.push and args.out.endswith(".gguf"):
-        raise UserError(f"--push: uploads directories: write --out {args.out.removesuffix('.gguf')}")
+    if args.out.endswith(".gguf"):
+        raise UserError(f"--out: {args.out}: is a directory, for several files: write --out {args.out[:-5]}")
     if args.push:
         model_card.validate_repository(args.push)
 
@@ -178,10 +178,7 @@ def verify_merged(
         lines.append(f"note: rounding to {name} may erase an adapter this weak: --dtype f32 keeps it")
     if stored:
         lines.append(f"note: the base is stored in {form} only: there are no original weights in full precision")
-    if args.unmerge:
-        stored_in = str(ModelFiles.read(Path(args.unmerge)).dtype()).removeprefix("torch.")
-        lines.append(f"note: the merged weights had been rounded to {stored_in}, which cannot be undone")
-    elif args.verify or (adapter.quantization and not stored and not opened.model.config.has_score):
+    if args.verify or (adapter.quantization and not stored and not opened.model.config.has_score):
         limit = verify.VERIFY_TOKENS if args.verify else verify.VERIFY_TOKENS // 8
         found, tokens = verify.compare_bases(adapter, dtype, chat, samples, limit)
         lines += verify.describe_bases(found, tokens, args.base)

@@ -286,7 +286,6 @@ def test_what_was_merged_can_be_taken_out_again(
     assert run_merge(runs / "lora", "--unmerge", tmp_path / "merged", "--out", tmp_path / "back") == 0
     said = capsys.readouterr().out
     assert "subtracted from" in said
-    assert "the merged weights had been rounded to float32, which cannot be undone" in said
     base, back = weights(runs / "base"), weights(tmp_path / "back")
     assert base.keys() == back.keys()
     assert all((back[name] - tensor).abs().max() < 1e-6 for name, tensor in base.items())
@@ -295,7 +294,6 @@ def test_what_was_merged_can_be_taken_out_again(
     assert run_merge(runs / "lora", "--out", tmp_path / "half", "--dtype", "bf16") == 0
     line = ("--unmerge", tmp_path / "half", "--dtype", "f32", "--out", tmp_path / "nearly")
     assert run_merge(runs / "lora", *line) == 0
-    assert "had been rounded to bfloat16" in capsys.readouterr().out
     merged, nearly = weights(tmp_path / "merged"), weights(tmp_path / "nearly")
     for name, tensor in base.items():  # rounding moved the merged weight by at most half a step of 8 bits
         allowed = merged[name].abs() * 2.0**-8 + 1e-6
@@ -454,18 +452,18 @@ FULL = """
 """
 
 
-@pytest.mark.parametrize(("form", "out"), rest_is_slow([("hf", "out"), ("gguf", "out.gguf")], ("hf", "out")))
-def test_a_disk_that_is_full_leaves_nothing(form: str, out: str, runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", rest_is_slow(["hf", "gguf"], "hf"))
+def test_a_disk_that_is_full_leaves_nothing(form: str, runs: Path, tmp_path: Path) -> None:
     if form == "gguf":
         pytest.importorskip("gguf")
-    line = [sys.executable, "-c", textwrap.dedent(FULL), str(runs / "lora"), "--out", str(tmp_path / out)]
+    line = [sys.executable, "-c", textwrap.dedent(FULL), str(runs / "lora"), "--out", str(tmp_path / "out")]
     line += ["--format", form]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "2", "2"]
     said = done.stderr.splitlines()
     assert len(said) == 3
-    assert all(text.startswith(f"error: --out: {tmp_path}/{out}: cannot be written: ") for text in said)
+    assert all(text.startswith(f"error: --out: {tmp_path}/out: cannot be written: ") for text in said)
     assert list(tmp_path.iterdir()) == []
 
 

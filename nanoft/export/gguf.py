@@ -17,8 +17,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,12 +33,12 @@ from nanoft.batches import Sample
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export import merge, verify
 from nanoft.export.gguf_graphs import GRAPHS, add_shape, architecture, rope_tensors, stacked_name, to_llama_cpp
-from nanoft.export.gguf_tokenizer import Vocabulary, read_vocabulary
+from nanoft.export.gguf_tokenizer import add_tokenizer
 from nanoft.export.merge import EXPORT_DTYPES, Onto
 from nanoft.export.model_card import model_card, parity_record
 from nanoft.export.streaming import Rows, StreamedDecoder, open_rows
 from nanoft.export.verify import TOLERANCE, Proof
-from nanoft.io.atomic import new_directory, require_new, write_file, write_json
+from nanoft.io.atomic import new_directory, write_file, write_json
 from nanoft.io.bars import track
 from nanoft.model import MLP_INPUTS, Decoder, DecoderConfig
 from nanoft.models.adapter_files import only_linears
@@ -51,7 +50,7 @@ from nanoft.perplexity import safe_exp
 WRITTEN = (*EXPORT_DTYPES, "q8_0", "q5_0", "q4_0")  # by the gguf package
 K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: LLAMA_FTYPE_MOSTLY_... of include/llama.h
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
-BLOCK, K_BLOCK = 32, 256  # values per block: Q8_0, Q5_0, Q4_0; K-quants
+BLOCK = 32  # values of Q8_0, Q5_0 and Q4_0 with one scale
 MEASURED, LONGEST = 1024, 512  # tokens for the perplexity, if there are as many; most tokens of one sample
 Entry = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]  # name, shape, format (F32, Q8_0, ...), float32 values
 # Largest difference of a quantized model's logits, as a share of their standard deviation. A wrong order of rows
@@ -64,10 +63,9 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
     if dtype in K_QUANTS:
         return _write_k_quants(opened, chat, name, dtype, onto, out)
     config = opened.model.config
-    vocabulary = read_vocabulary(chat, config.vocab_size)
-    gguf, writer = _open_writer(out, config, "model", f"{name} {vocabulary.named}".rstrip())
+    gguf, writer = _open_writer(out, config, "model")
     notes = add_shape(writer, config, ModelFiles.read(opened.base_directory).fields)
-    notes += _add_tokenizer(writer, chat, vocabulary)
+    notes += add_tokenizer(writer, chat, config.vocab_size, name)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     if dtype not in EXPORT_DTYPES:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -124,8 +122,6 @@ def _write_k_quants(
     with open(out, "rb") as file:
         os.fsync(file.fileno())
     unquantized.unlink()
-    if any(size % K_BLOCK for size in (opened.model.config.hidden_size, opened.model.config.intermediate_size)):
-        notes.append(f"tensors whose rows are not multiples of {K_BLOCK} use a format with smaller blocks")
     return notes
 
 
@@ -143,7 +139,8 @@ def write_gguf_lora(opened: LoadedModel, name: str, dtype: str, out: Path) -> No
     if dtype not in EXPORT_DTYPES:
         raise UserError(f"--dtype: {dtype}: adapters are not quantized: choose one of {', '.join(EXPORT_DTYPES)}")
     config = opened.model.config
-    gguf, writer = _open_writer(out, config, "adapter", name)
+    gguf, writer = _open_writer(out, config, "adapter")
+    writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     alphas = {place: adapter.scaling * len(adapter.factors()[0]) for place, adapter in adapters.items()}
     alpha = next(iter(alphas.values()))
@@ -171,12 +168,11 @@ def _import_gguf() -> Any:
         raise UserError("--format gguf: needs the package gguf: pip install -e '.[gguf]'") from None
 
 
-def _open_writer(out: Path, config: DecoderConfig, kind: str, name: str) -> tuple[Any, Any]:
+def _open_writer(out: Path, config: DecoderConfig, kind: str) -> tuple[Any, Any]:
     """The gguf package and its writer of a model or an adapter."""
     gguf = _import_gguf()
     writer = gguf.GGUFWriter(out, architecture(config))
     writer.add_type(kind)
-    writer.add_name(name)
     return gguf, writer
 
 
@@ -200,39 +196,6 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
         os.fsync(writer.fout[0].fileno())
     finally:
         writer.close()
-
-
-# ---- Metadata of the tokenizer
-
-
-def _add_tokenizer(writer: Any, chat: ChatTokenizer, vocabulary: Vocabulary) -> list[str]:
-    """Add the tokenizer and the chat template; return notes."""
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.model == "llama":
-        writer.add_token_scores(vocabulary.scores)
-    else:
-        writer.add_token_merges(vocabulary.merges)
-    writer.add_add_space_prefix(vocabulary.space_prefix)
-    writer.add_add_bos_token(chat.wants_bos)
-    writer.add_add_eos_token(False)
-    unknown, padding = (chat.tokenizer.token_to_id(chat.special.get(key, "")) for key in ("unk_token", "pad_token"))
-    turn_end = chat.tokenizer.token_to_id(chat.turn_end[0]) if chat.turn_end else None
-    others = [stop for stop in chat.stop_ids if stop not in (chat.eos_id, turn_end)]
-    # llama.cpp stops on three ids (end of text, of turn, of message), and on a few texts that it knows.
-    stops = {"eos": chat.eos_id, "eot": turn_end, "eom": next(iter(others), None)}
-    for key, number in {"bos": chat.bos_id, **stops, "padding": padding, "unknown": unknown}.items():
-        if number is not None:
-            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", number)
-    writer.add_chat_template(chat.template)
-    notes = list(vocabulary.notes)
-    if others[1:]:
-        notes.append(f"llama.cpp may not stop on the ids {others[1:]}: pass their texts as stop strings")
-    if chat.template_args:
-        notes.append(f"the chat template was used with {chat.template_args}: set llama-server --chat-template-kwargs")
-    return notes
 
 
 # ---- Tensors
@@ -350,7 +313,8 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
     source, out = args.sources[0], Path(args.out)
     kind, default = ("model", "f16") if args.format == "gguf" else ("adapter", "f32")
     dtype, name = args.dtype or default, Path(source).resolve().name
-    with atomic_gguf(out, f"{kind}-{dtype}.gguf") as path:
+    with new_directory(out) as staging:
+        path = staging / f"{kind}-{dtype}.gguf"
         opened = _open(args)
         if opened.model.config.has_score:
             raise UserError(f"--format {args.format}: {source} is a reward model: use --format hf or --format peft")
@@ -369,12 +333,11 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
             facts, notes, said = {}, [], f"the adapter as GGUF, for a GGUF file of {opened.base_directory}"
             recipe = modelfile(path.name, chat, str(opened.base_directory))
         weights = verify.describe_weights(opened, merged=kind == "model")
-        card_path, recipe_path, parity_path = companions(path, out)
-        card = model_card(args.format, opened, source, [said, *notes], file=path.name, recipe=recipe_path.name)
-        write_file(card_path, [card.encode()])
-        write_file(recipe_path, [recipe.encode()])
+        card = model_card(args.format, opened, source, [said, *notes], file=path.name)
+        write_file(staging / "README.md", [card.encode()])
+        write_file(staging / "Modelfile", [recipe.encode()])
         parity = parity_record(opened.model, chat, prompts, args.parity_tokens, weights)
-        write_json(parity_path, parity | facts)
+        write_json(staging / "parity.json", parity | facts)
     return [f"{out}: {said}", *notes]
 
 
@@ -394,34 +357,6 @@ def _open(args: argparse.Namespace) -> LoadedModel:
     if not args.any_base:
         merge.require_same_base(adapter)
     return opened
-
-
-@contextmanager
-def atomic_gguf(out: Path, name: str) -> Iterator[Path]:
-    """Yield a path for a GGUF file; it and its companions are renamed together at the end, or deleted.
-
-    `out` is FILE.gguf, next to which FILE.Modelfile and FILE.parity.json will be, or a directory for the file `name`.
-    """
-    if out.suffix != ".gguf":
-        with new_directory(out) as staging:
-            yield staging / name
-        return
-    places = [*companions(out, out), out]
-    for each in places:
-        require_new(each)
-
-    def place(staging: Path, _: Path) -> None:
-        for path in places:
-            os.rename(staging / path.name, path)
-
-    with new_directory(out, place=place) as staging:
-        yield staging / out.name
-
-
-def companions(path: Path, out: Path) -> list[Path]:
-    """Paths of model card, Modelfile and parity file, with the GGUF file's name unless it has its own directory."""
-    prefix = f"{path.stem}." if out.suffix == ".gguf" else ""
-    return [path.with_name(f"{prefix}{name}") for name in ("README.md", "Modelfile", "parity.json")]
 
 
 def modelfile(file: str, chat: ChatTokenizer, adapter_of: str | None = None) -> str:

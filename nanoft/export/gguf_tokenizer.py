@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from nanoft import UserError
@@ -63,23 +62,11 @@ PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {
 PHI3, PHI3_KEEPS = "phi-3", {"<unk>", "<s>", "<|endoftext|>"}
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The `tokenizer.ggml` metadata that depends on tokenizer.json."""
+def add_tokenizer(writer: Any, chat: ChatTokenizer, vocab_size: int, name: str) -> list[str]:
+    """Add to a GGUFWriter what makes llama.cpp produce the same ids, and the model's name; return notes for the user.
 
-    model: str  # gpt2 | llama
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]  # for gpt2: "left right"
-    scores: list[float]  # for llama
-    space_prefix: bool  # whether a space is added before a text and after each control token
-    notes: list[str]  # known differences in llama.cpp
-    named: str = ""  # text that the model's name must contain
-
-
-def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
-    """The data with which llama.cpp produces the same ids; ids below vocab_size without a token become unused."""
+    Ids below vocab_size without a token become unused.
+    """
     tokenizer = json.loads(chat.tokenizer.to_str())
     model, added = tokenizer["model"], {token["id"]: token for token in tokenizer["added_tokens"]}
     control = {token["content"] for token in added.values()}
@@ -104,16 +91,44 @@ def read_vocabulary(chat: ChatTokenizer, vocab_size: int) -> Vocabulary:
     if model["byte_fallback"]:
         # The pairs that BPE merges first must score highest: minus the index of the first merge that forms the token.
         scores = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(merges)))}
-        found = [scores.get(token, -1e9) for token in tokens]  # -1e9: no merge forms it
-        named, prefix = PHI3 if is_phi3 else "", _space_prefix(tokenizer, chat)
+        kind, pre, prefix = "llama", "default", _space_prefix(tokenizer, chat)
+        writer.add_token_scores([scores.get(token, -1e9) for token in tokens])  # -1e9: no merge forms it
         notes = [f"keep {PHI3} in the model's name, by which llama.cpp decides to strip spaces after tokens"] * is_phi3
-        return Vocabulary("llama", "default", tokens, types, [], found, prefix, notes, named)
-    pre = _pre(tokenizer)
-    notes = ["llama.cpp splits words of scripts with combining marks (Khmer, Hindi) differently"] * (
-        pre in ("tekken", "gpt-4o")
-    )
-    notes += ["llama.cpp does not normalize texts to NFC: send normalized texts"] * bool(tokenizer["normalizer"])
-    return Vocabulary("gpt2", pre, tokens, types, [f"{a} {b}" for a, b in merges], [], False, notes)
+    else:
+        kind, pre, prefix = "gpt2", _pre(tokenizer), False
+        writer.add_token_merges([f"{left} {right}" for left, right in merges])
+        notes = ["llama.cpp splits words of scripts with combining marks (Khmer, Hindi) differently"] * (
+            pre in ("tekken", "gpt-4o")
+        )
+        notes += ["llama.cpp does not normalize texts to NFC: send normalized texts"] * bool(tokenizer["normalizer"])
+    writer.add_name(f"{name} {PHI3}" if is_phi3 else name)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_add_space_prefix(prefix)
+    return notes + _add_chat(writer, chat)
+
+
+def _add_chat(writer: Any, chat: ChatTokenizer) -> list[str]:
+    """Add the special tokens and the chat template; return notes."""
+    writer.add_add_bos_token(chat.wants_bos)
+    writer.add_add_eos_token(False)
+    unknown, padding = (chat.tokenizer.token_to_id(chat.special.get(key, "")) for key in ("unk_token", "pad_token"))
+    turn_end = chat.tokenizer.token_to_id(chat.turn_end[0]) if chat.turn_end else None
+    others = [stop for stop in chat.stop_ids if stop not in (chat.eos_id, turn_end)]
+    # llama.cpp stops on three ids (end of text, of turn, of message), and on a few texts that it knows.
+    stops = {"eos": chat.eos_id, "eot": turn_end, "eom": next(iter(others), None)}
+    for key, number in {"bos": chat.bos_id, **stops, "padding": padding, "unknown": unknown}.items():
+        if number is not None:
+            writer.add_uint32(f"tokenizer.ggml.{key}_token_id", number)
+    writer.add_chat_template(chat.template)
+    notes = list[str]()
+    if others[1:]:
+        notes.append(f"llama.cpp may not stop on the ids {others[1:]}: pass their texts as stop strings")
+    if chat.template_args:
+        notes.append(f"the chat template was used with {chat.template_args}: set llama-server --chat-template-kwargs")
+    return notes
 
 
 def _refuse(reason: str) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.repocard import metadata_load
 
 from nanoft import UserError
 from nanoft.config import LoRAConfig
@@ -44,7 +43,7 @@ chat = [{{"role": "user", "content": "Hello!"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
-OLLAMA = "\nollama create tuned -f {recipe} && ollama run tuned"
+OLLAMA = "\nollama create tuned -f Modelfile && ollama run tuned"
 SERVE = {  # in a shell
     "hf": "vllm serve {here}\nmlx_lm.chat --model {here}",
     "peft": "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={here}",
@@ -117,7 +116,6 @@ def model_card(form: str, opened: LoadedModel, source: str, proven: Sequence[str
         "pipeline_tag": "text-classification" if opened.model.config.has_score else "text-generation",
         **({"base_model": hub, **relation} if (hub := hub_name(name, base)) else {}),
         "datasets": [place.removeprefix(HUB) for place in data if place.startswith(HUB)],
-        **license_of(base),
         "tags": ["nanoft", method],
     }
     yaml_block = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
@@ -172,15 +170,6 @@ def hub_name(name: str, directory: Path) -> str | None:
         return name
     cached = [part for part in directory.parts if part.startswith("models--") and part.count("--") == 2]
     return "/".join(cached[-1].split("--")[1:]) if cached else None
-
-
-def license_of(base: Path) -> dict[str, str]:
-    """The license in the front matter of the base's README.md, with its name and link, if any."""
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        front = metadata_load(base / "README.md") or {}
-        keys = ("license", "license_name", "license_link")
-        return {key: front[key] for key in keys if isinstance(front.get(key), str)}
-    return {}
 
 
 def push(out: Path, repository: str, private: bool) -> str:

@@ -26,10 +26,9 @@ from nanoft.attention import AttentionLayer, CacheContext, Documents, SequenceCo
 from nanoft.blocks import per_layer
 from nanoft.blocks.recurrence import Kept
 from nanoft.generation.shared_prompts import SharedPromptContext, SharedPrompts
-from nanoft.kernels import sharding, streaming
+from nanoft.kernels import sharding
 from nanoft.kernels.decode import FastCacheContext, choose_build, prepacked, twin
 from nanoft.model import Decoder
-from nanoft.runtime import distributed
 
 # Bytes of copies, in a layer, from which a prompt is kept once for all of its sequences: on a CPU about what a step
 # reads in the time of the operations that this adds to it.
@@ -68,9 +67,7 @@ class Decoding:
         self.read: list[list[int]] = []  # the tokens of each sequence, for these ropes
         sharding.gather_outside(model)
         self.is_fast = kernels.is_applied(model)
-        # how to go through blocks whose weights come and go
-        self.in_turn = streaming.in_turn if streaming.is_streamed(model) else None
-        self.in_turn = sharding.unsharded if distributed.is_sharded() else self.in_turn
+        self.in_turn = hasattr(model.model.layers[0], "unshard")  # weights of blocks come and go
         self.build = choose_build(model) if self.is_fast and not self.in_turn else None
         self.head = prepacked(model.head.to(model.dtype), None) if self.build is prepacked else None
         self.context_class = FastCacheContext if self.is_fast else CacheContext
@@ -82,7 +79,7 @@ class Decoding:
 
     def blocks(self) -> Iterable[Callable[..., Tensor]]:
         """The blocks as functions; of weights that come and go one after the other, each while they are there."""
-        return self.in_turn(self.model.model.layers, self._function) if self.in_turn else self._functions
+        return sharding.in_turn(self.model.model.layers, self._function) if self.in_turn else self._functions
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden @ head^T in float32, (b, vocab), with the model's cap if it has one."""

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,12 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def new_directory(
-    out: Path, key: str = "", place: Callable[[Path, Path], None] = os.rename, replace: bool = False
-) -> Iterator[Path]:
+def new_directory(out: Path, key: str = "", replace: bool = False) -> Iterator[Path]:
     """Yield a staging directory that becomes `out` at the end, or is removed if anything fails.
 
     After an interruption (Ctrl-C, a signal, power), the shards that `PROGRESS` names stay; the next call with the same
-    key continues from them, a call with another key removes them. `place` moves the content of the directory to `out`.
-    `replace`: `out` may exist, and is removed once the content of its successor is on disk.
+    key continues from them, a call with another key removes them. `replace`: `out` may exist, and is removed once the
+    content of its successor is on disk.
     """
     if not replace:
         require_new(out)
@@ -121,7 +119,7 @@ def new_directory(
                 sync_directory(staging)
                 if replace:
                     shutil.rmtree(out, ignore_errors=True)
-                place(staging, out)
+                os.rename(staging, out)
                 sync_directory(out.parent)
             except KeyboardInterrupt:
                 keep = (staging / PROGRESS).exists()

@@ -45,8 +45,8 @@ def gather_outside(model: Any) -> None:
         model.unshard()
 
 
-def unsharded(blocks: Iterable[Any], use: Callable[[Any], T]) -> Iterator[T]:
-    """use(block) for each sharded block, while its weights are gathered."""
+def in_turn(blocks: Iterable[Any], use: Callable[[Any], T]) -> Iterator[T]:
+    """use(block) for each block that is sharded or streamed, while its weights are there."""
     for block in blocks:
         block.unshard()
         yield use(block)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from nanoft.blocks.trained import Adapter
 from nanoft.model import Decoder
-from nanoft.runtime.distributed import T
 
 ALIGNED = 256  # bytes: where a tensor may begin in a buffer
 
@@ -37,19 +35,8 @@ def stream_blocks(model: Decoder, device: torch.device) -> None:
     blocks: list[Any] = list(model.model.layers)
     stream = BlockStream([_HostBlock(block, device) for block in blocks], device)
     for index, block in enumerate(blocks):
-        block.arrive = functools.partial(stream.before, index, block)
-        block.register_forward_pre_hook(lambda module, _: module.arrive())
-
-
-def is_streamed(model: Decoder) -> bool:
-    return hasattr(model.model.layers[0], "arrive")
-
-
-def in_turn(blocks: Iterable[Any], use: Callable[[Any], T]) -> Iterator[T]:
-    """use(block) for each block, while its weights are on the device."""
-    for block in blocks:
-        block.arrive()
-        yield use(block)
+        block.unshard, block.reshard = functools.partial(stream.before, index, block), lambda: None  # as of FSDP
+        block.register_forward_pre_hook(lambda module, _: module.unshard())
 
 
 class _HostBlock:

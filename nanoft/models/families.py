@@ -19,7 +19,8 @@ from nanoft import UserError
 from nanoft.blocks.rope import Rope
 from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig
-from nanoft.models import classics, gemma4, recurrent
+from nanoft.models import gemma4
+from nanoft.models import other_families as other
 from nanoft.models.expert_families import (
     GPT_OSS,
     GPT_OSS_ONLY,
@@ -408,12 +409,10 @@ FAMILIES: dict[str, Family] = {  # by model_type
         GRANITE4_NAMES,
     ),
     "seed_oss": Family("SeedOssForCausalLM", _seed_oss, (*BIASES, "attention_out_bias"), "seed_oss", NO_DROPOUT),
-    "qwen3_5_text": Family(
-        "Qwen3_5ForCausalLM", recurrent.qwen3_5, tuple(recurrent.QWEN3_5), "qwen35", recurrent.QWEN3_5_ONLY
-    ),
-    "lfm2": Family("Lfm2ForCausalLM", recurrent.lfm2, *recurrent.LFM2),
-    "gpt2": Family("GPT2LMHeadModel", classics.gpt2, *classics.GPT2),
-    "gpt_neox": Family("GPTNeoXForCausalLM", classics.gpt_neox, *classics.GPT_NEOX),
+    "qwen3_5_text": Family("Qwen3_5ForCausalLM", other.qwen3_5, tuple(other.QWEN3_5), "qwen35", other.QWEN3_5_ONLY),
+    "lfm2": Family("Lfm2ForCausalLM", other.lfm2, *other.LFM2),
+    "gpt2": Family("GPT2LMHeadModel", other.gpt2, *other.GPT2),
+    "gpt_neox": Family("GPTNeoXForCausalLM", other.gpt_neox, *other.GPT_NEOX),
 }
 
 # Models with several towers, one of them for text: the possible families of text_config, the default first, each with

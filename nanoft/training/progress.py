@@ -100,9 +100,7 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
     state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
-    if trend := state.trend.update(loss, state.best_step == state.step):
-        ctx.run.log("warning", state.step, what="validation loss", text=trend)
-        ctx.run.print(f"warning: after step {state.step} validation loss {trend}")
+    warn_once(ctx, state, "validation loss", state.trend.update(loss))
 
 
 def warn_of_training(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:

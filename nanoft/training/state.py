@@ -50,22 +50,19 @@ class LossTrend:
     units: float = 0.0
     training: float = -math.inf  # mean loss between the last two evaluations
     validation: float = 0.0  # at the last evaluation
-    rises: int = 0  # consecutive evaluations with a higher validation and a lower training loss; RISES: warn
+    rises: int = 0  # consecutive evaluations with a higher validation and a lower training loss
 
-    def update(self, validation: float, is_best: bool) -> str:
-        """The text of a warning, or ""; not repeated until validation loss is finite again or the best so far."""
+    def update(self, validation: float) -> str:
+        """The text of a warning, or ""."""
         before, self.validation = self.validation, validation
         past, self.training = self.training, self.nats / max(self.units, 1e-9)
         self.nats = self.units = 0.0
         if not math.isfinite(validation):
-            return f"is {validation}" if math.isfinite(before) else ""
-        if validation > before and self.training < past:
-            self.rises += 1
-            rise, fall = f"{before:.4f} -> {validation:.4f}", f"{past:.4f} -> {self.training:.4f}"
-            return f"rises ({rise}) while training loss falls ({fall})" if self.rises == RISES else ""
-        if is_best or (validation < before and self.rises < RISES):
-            self.rises = 0
-        return ""
+            return f"validation loss is {validation}"
+        is_apart = validation > before and self.training < past
+        self.rises = self.rises + 1 if is_apart else 0 if validation < before else self.rises
+        rise, fall = f"{before:.4f} -> {validation:.4f}", f"{past:.4f} -> {self.training:.4f}"
+        return f"validation loss rises ({rise}) while training loss falls ({fall})" if self.rises >= RISES else ""
 
 
 @dataclass

@@ -485,7 +485,7 @@ def test_a_family_that_llama_cpp_does_not_have_is_refused_in_one_line(
 ) -> None:
     monkeypatch.setitem(families.FAMILIES, "mistral", replace(families.FAMILIES["mistral"], gguf=None))
     for kind in ("gguf", "gguf-lora"):
-        out = tmp_path / f"{kind}.gguf"
+        out = tmp_path / kind
         assert command.main([str(runs / "lora"), "--format", kind, "--out", str(out)]) == 2
         error = "error: --format gguf: llama.cpp has no architecture for mistral: use --format hf\n"
         assert capsys.readouterr().err == error
@@ -616,11 +616,11 @@ def test_without_llama_cpp_the_export_says_how_to_get_a_perplexity(
 
 
 def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_merge(runs / "lora", "--out", tmp_path / "a.gguf", "--format", "gguf-lora") == 0
+    assert run_merge(runs / "lora", "--out", tmp_path / "out", "--format", "gguf-lora") == 0
     assert f"the adapter as GGUF, for a GGUF file of {runs / 'base'}" in capsys.readouterr().out
-    assert names(tmp_path) == {"a.gguf", "a.README.md", "a.Modelfile", "a.parity.json"}
-    assert "ADAPTER ./a.gguf" in (tmp_path / "a.Modelfile").read_text()
-    assert {tensor.tensor_type.name for tensor in stored(tmp_path / "a.gguf").values()} == {"F32"}
+    assert names(tmp_path / "out") == {"adapter-f32.gguf", "README.md", "Modelfile", "parity.json"}
+    assert "ADAPTER ./adapter-f32.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+    assert {tensor.tensor_type.name for tensor in stored(tmp_path / "out" / "adapter-f32.gguf").values()} == {"F32"}
 
 
 @pytest.mark.parametrize(
@@ -636,7 +636,7 @@ def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.C
 def test_mistakes_leave_one_line_and_no_file(
     run: str, arguments: list[str], reason: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_merge(runs / run, "--out", tmp_path / "out.gguf", *arguments) == 2
+    assert run_merge(runs / run, "--out", tmp_path / "out", *arguments) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert reason in said
@@ -644,7 +644,9 @@ def test_mistakes_leave_one_line_and_no_file(
 
 
 def test_what_is_there_is_not_overwritten(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "out.Modelfile").write_text("mine")
-    assert run_merge(runs / "lora", "--out", tmp_path / "out.gguf", "--format", "gguf") == 2
-    assert "out.Modelfile: already exists" in capsys.readouterr().err
-    assert names(tmp_path) == {"out.Modelfile"}
+    (tmp_path / "out").mkdir()
+    assert run_merge(runs / "lora", "--out", tmp_path / "out", "--format", "gguf") == 2
+    assert "out: already exists" in capsys.readouterr().err
+    assert run_merge(runs / "lora", "--out", tmp_path / "new.gguf", "--format", "gguf") == 2
+    assert f"is a directory, for several files: write --out {tmp_path}/new\n" in capsys.readouterr().err
+    assert names(tmp_path) == {"out"}

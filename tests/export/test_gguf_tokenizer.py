@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import sentencepiece
@@ -16,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export.gguf import write_gguf
-from nanoft.export.gguf_tokenizer import GPT4O, LLAMA3, QWEN2, QWEN35, SEED, TEKKEN, read_vocabulary
+from nanoft.export.gguf_tokenizer import GPT4O, LLAMA3, QWEN2, QWEN35, SEED, TEKKEN, add_tokenizer
 from nanoft.models.open import open_model
 from tiny_models import make_reference
 
@@ -200,7 +201,7 @@ def test_the_tokens_of_phi_3_swallow_the_spaces_behind_them(tmp_path: Path) -> N
         assert ids_of(llama, text) == chat.tokenizer.encode(text, add_special_tokens=False).ids, text
     save(tmp_path / "other", STYLES["zephyr"], tokenizer_json=stripping(tokenizer.to_str()))
     with pytest.raises(UserError, match="'<unk>' strips the spaces around it"):
-        read_vocabulary(ChatTokenizer.from_directory(tmp_path / "other"), 2000)
+        add_tokenizer(Mock(), ChatTokenizer.from_directory(tmp_path / "other"), 2000, "")
 
 
 def test_a_space_before_the_first_word_only_is_none_where_chats_open_with_a_control_token(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_a_space_before_the_first_word_only_is_none_where_chats_open_with_a_cont
     assert ids_of(llama, text) == chat.tokenizer.encode(text, add_special_tokens=False).ids
     save(tmp_path / "other", STYLES["zephyr"], tokenizer_json=byte_fallback())
     with pytest.raises(UserError, match="a space before the first word only, but its chats begin with text"):
-        read_vocabulary(ChatTokenizer.from_directory(tmp_path / "other"), 1000)
+        add_tokenizer(Mock(), ChatTokenizer.from_directory(tmp_path / "other"), 1000, "")
 
 
 def test_the_tiny_demos_ids_are_llama_cpps(tmp_path: Path) -> None:
@@ -259,10 +260,10 @@ def test_what_llama_cpp_cannot_do_is_refused(case: str, tmp_path: Path) -> None:
     text, reason = REFUSED[case]
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=f"--format gguf: tokenizer.json is not supported by llama.cpp: .*{reason}"):
-        read_vocabulary(ChatTokenizer.from_directory(tmp_path), 2000)
+        add_tokenizer(Mock(), ChatTokenizer.from_directory(tmp_path), 2000, "")
 
 
 def test_more_tokens_than_embeddings_are_refused(tmp_path: Path) -> None:
     save(tmp_path, STYLES["chatml"])
     with pytest.raises(UserError, match=r"the id 3\d\d is beyond the model's 300 embeddings"):
-        read_vocabulary(ChatTokenizer.from_directory(tmp_path), 300)
+        add_tokenizer(Mock(), ChatTokenizer.from_directory(tmp_path), 300, "")

@@ -93,7 +93,7 @@ def test_gguf_is_written_and_verified_or_refused_in_one_line(
     family: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, root = family
-    out = tmp_path / "model.gguf"
+    out = tmp_path / "out"
     code = merge.main([str(root / "run"), "--format", "gguf", "--dtype", "f32", "--out", str(out)])
     sizes = json.loads((root / "base" / "config.json").read_text())  # one for both in llama.cpp
     is_known = sizes.get("linear_key_head_dim") == sizes.get("linear_value_head_dim")

@@ -321,7 +321,7 @@ def test_a_reward_model_of_a_text_tower_is_refused(wrapper: Path, capsys: pytest
 
 
 def test_gguf_is_what_the_text_family_says(wrapper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, family = tmp_path / "model.gguf", ModelFiles.read(wrapper / "base").decoder.family
+    out, family = tmp_path / "out", ModelFiles.read(wrapper / "base").decoder.family
     code = merge.main([str(wrapper / "run"), "--format", "gguf", "--dtype", "f32", "--out", str(out)])
     assert (code, out.exists()) == ((2, False) if FAMILIES[family].gguf is None else (0, True)), capsys.readouterr().err
 

@@ -188,14 +188,14 @@ def test_a_sample_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: r
 # --- Losses that part
 
 
-def warnings(losses: list[tuple[float, float]]) -> list[int]:
-    """The evaluations, from 1, that warn, for pairs of training and validation loss."""
-    trend, found, best = LossTrend(), [], math.inf
+def first_warning(losses: list[tuple[float, float]]) -> int:
+    """The first evaluation, from 1, that warns, for pairs of training and validation loss; 0: none."""
+    trend = LossTrend()
     for number, (training, validation) in enumerate(losses, 1):
         trend.nats, trend.units = 3 * training, 3.0
-        found += [number] * bool(trend.update(validation, validation < best))
-        best = min(best, validation)
-    return found
+        if trend.update(validation):
+            return number
+    return 0
 
 
 NAN = math.nan
@@ -204,20 +204,18 @@ NAN = math.nan
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
-        ([(3, 3), (2, 2), (1, 1)], []),
-        ([(3, 3), (2, 4), (1, 3.5)], []),  # once is noise
-        ([(3, 3), (2, 4), (1, 5)], [3]),
-        ([(5, 3), (4, 4), (3, 5), (2, 6), (1, 7)], [3]),  # not again while it lasts
-        ([(5, 3), (4, 4), (3, 5), (2, 4.5), (1, 5), (0.5, 6)], [3]),  # falling a little is not the end
-        ([(5, 3), (4, 4), (3, 5), (2, 2), (1, 3), (0.5, 4)], [3, 6]),  # the best so far is
-        ([(1, 3), (2, 4), (3, 5)], []),  # training loss rises, too
-        ([(3, NAN), (2, NAN), (1, 1), (1, NAN)], [1, 4]),
-        ([(3, 3), (2, math.inf)], [2]),
-        ([(-1, -3), (-2, -2), (-3, -1)], [3]),  # a loss may be negative
+        ([(3, 3), (2, 2), (1, 1)], 0),
+        ([(3, 3), (2, 4), (1, 3.5), (0.5, 3.7)], 0),  # once is noise
+        ([(3, 3), (2, 4), (1, 5)], 3),
+        ([(5, 3), (4, 4), (4, 4.5), (3, 5)], 4),  # training loss stands still in between
+        ([(1, 3), (2, 4), (3, 5)], 0),  # training loss rises, too
+        ([(3, NAN), (2, NAN)], 1),
+        ([(3, 3), (2, math.inf)], 2),
+        ([(-1, -3), (-2, -2), (-3, -1)], 3),  # a loss may be negative
     ],
 )
-def test_a_warning_begins_when_the_losses_part(losses: list[tuple[float, float]], expected: list[int]) -> None:
-    assert warnings(losses) == expected
+def test_a_warning_comes_when_the_losses_part(losses: list[tuple[float, float]], expected: int) -> None:
+    assert first_warning(losses) == expected
 
 
 def test_a_run_that_overfits_says_so_once(tmp_path: Path, capsys: runs.Capture) -> None:
@@ -229,15 +227,15 @@ def test_a_run_that_overfits_says_so_once(tmp_path: Path, capsys: runs.Capture) 
     step = event["step"]
     assert held_out[step - 2] < held_out[step - 1] < held_out[step]
     assert training[step] < training[step - 1] < training[step - 2]
-    said = f"rises ({held_out[step - 1]:.4f} -> {held_out[step]:.4f}) while training loss falls ("
+    said = f"validation loss rises ({held_out[step - 1]:.4f} -> {held_out[step]:.4f}) while training loss falls ("
     assert event["text"].startswith(said)
-    assert f"warning: after step {step} validation loss {said}" in capsys.readouterr().out
+    assert f"warning: step {step}: {said}" in capsys.readouterr().out
 
 
 def test_a_validation_loss_that_is_nan_is_said_once(tmp_path: Path, monkeypatch: runs.Patch) -> None:
     monkeypatch.setattr(SFT, "evaluate", lambda *_: {"loss": NAN, "perplexity": NAN, "target_tokens": 1})
     assert train.main(runs.quick(tmp_path / "run", training__eval_steps=2)) == 0
-    assert [(e["step"], e["text"]) for e in runs.events(tmp_path / "run")] == [(2, "is nan")]
+    assert [(e["step"], e["text"]) for e in runs.events(tmp_path / "run")] == [(2, "validation loss is nan")]
 
 
 # --- The terminal
@@ -248,13 +246,13 @@ def test_the_level_of_the_terminal(level: str, tmp_path: Path, capsys: runs.Capt
     monkeypatch.setattr(SFT, "evaluate", lambda *_: {"loss": NAN, "perplexity": NAN, "target_tokens": 1})
     assert train.main(runs.quick(tmp_path / "run", logging__level=level)) == 0
     shown = capsys.readouterr().out
-    assert ("warning: after step 4 validation loss is nan" in shown) == (level != "error")
+    assert ("warning: step 4: validation loss is nan" in shown) == (level != "error")
     assert ("step 4: validation loss nan" in shown) == ("result  " in shown) == (level in ("debug", "info"))
     assert ('event     {"event": "train", "step": 1, ' in shown) == (level == "debug")
     if level in ("warning", "error"):
         assert all(line.startswith("warning: ") for line in shown.splitlines())
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "warning: after step 4 validation loss is nan" in log
+    assert "warning: step 4: validation loss is nan" in log
     assert "step 4: validation loss nan" in log
 
 

@@ -1,11 +1,13 @@
-"""GPT-2 and GPT-NeoX: what their config.json says of them, for nanoft/models/families.py."""
+"""GPT-2, GPT-NeoX, Qwen3.5 and LFM2: what their config.json says of them, for nanoft/models/families.py."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from nanoft import UserError
-from nanoft.models.layer_fields import Fields, read_rope
+from nanoft.blocks.deltanet import DeltaNetSizes
+from nanoft.models.layer_fields import Fields, read_mixers, read_rope
 
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _GPT2_ONLY: dict[str, tuple[Any, ...]] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), (0.0, 0.1))
@@ -34,6 +36,23 @@ GPT2: Any = (("n_ctx", *_SUMMARY.split()), "gpt2", _GPT2_ONLY, _GPT2_FIELDS, _GP
 _NEOX = ("attention_bias", "use_parallel_residual", "classifier_dropout")
 _NEOX_ONLY = {"hidden_act": tuple(GELUS), "hidden_dropout": (0.0,)}
 GPT_NEOX: Any = (_NEOX, "gptneox", _NEOX_ONLY, _NEOX_FIELDS, _NEOX_NAMES)
+# The last three are of the layers that predict a second token, which are not loaded.
+QWEN3_5 = """
+    attention_bias layer_types full_attention_interval linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim
+    linear_num_key_heads linear_num_value_heads mtp_num_hidden_layers mtp_use_dedicated_embeddings mlp_only_layers
+""".split()  # noqa: SIM905
+QWEN3_5_ONLY: dict[str, tuple[Any, ...]] = {"attn_output_gate": (True,), "mamba_ssm_dtype": ("float32",)}
+_LFM2_FIELDS = """
+    layer_types full_attn_idxs conv_L_cache block_auto_adjust_ff_dim block_ffn_dim_multiplier block_multiple_of
+    tie_embedding conv_dim conv_dim_out conv_use_xavier_init block_dim block_mlp_init_scale block_out_init_scale
+    block_use_xavier_init block_norm_eps block_use_swiglu num_heads theta use_pos_enc
+""".split()  # noqa: SIM905
+_LFM2_NAMES = (
+    ("embedding_norm", "norm"), ("operator_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
+    ("q_layernorm", "q_norm"), ("k_layernorm", "k_norm"), ("self_attn.out_proj", "self_attn.o_proj"),
+    ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w3", "mlp.up_proj"), ("feed_forward.w2", "mlp.down_proj"),
+)  # fmt: skip
+LFM2: Any = (tuple(_LFM2_FIELDS), "lfm2", {"conv_bias": (False,)}, {"rms_norm_eps": "norm_eps"}, _LFM2_NAMES)
 
 
 def gpt2(hf: Fields) -> dict[str, Any]:
@@ -63,3 +82,35 @@ def _classic(hf: Fields) -> dict[str, Any]:
     eps = hf.get("rms_norm_eps")
     return {**biases, "norm": "layer", "norm_eps": 1e-5 if eps is None else eps, "mlp": "plain",
             "num_kv_heads": heads, "head_dim": hf["hidden_size"] // heads}  # fmt: skip
+
+
+def qwen3_5(hf: Fields) -> dict[str, Any]:
+    """Three of four layers are DeltaNets; the others gate their attention, and rotate a quarter of each head."""
+    n, layers = hf.get("full_attention_interval") or 4, hf["num_hidden_layers"]
+    mixers = read_mixers(hf, "linear_attention", [(layer + 1) % n == 0 for layer in range(layers)])
+    sizes = (("num_key_heads", 16), ("num_value_heads", 32), ("key_head_dim", 128), ("value_head_dim", 128))
+    rope = read_rope({"partial_rotary_factor": 0.25, **hf})
+    return {
+        **dict.fromkeys(("qkv_bias", "o_bias"), bool(hf.get("attention_bias"))),
+        "norm_offset": 1.0, "qk_norm": "head", "head_dim": hf.get("head_dim") or 256,
+        "gated_attention": True, "mixers": mixers, "conv_kernel": hf.get("linear_conv_kernel_dim", 4),
+        "delta": DeltaNetSizes(*(hf.get(f"linear_{name}", size) for name, size in sizes)), "ropes": (rope,) * layers,
+    }  # fmt: skip
+
+
+def lfm2(hf: Fields) -> dict[str, Any]:
+    """Convolutions over three positions, with some layers of attention between them; the MLP's width is computed."""
+    n, full, width = hf["num_hidden_layers"], hf.get("full_attn_idxs"), hf["intermediate_size"]
+    mixers = read_mixers(hf, "conv", [full is None or layer in full for layer in range(n)])
+    if hf.get("block_auto_adjust_ff_dim", True):
+        width = int(2 * width / 3)
+        if (factor := hf.get("block_ffn_dim_multiplier", 1.0)) is not None:
+            multiple = hf.get("block_multiple_of", 256)
+            width = math.ceil(int(factor * width) / multiple) * multiple
+    eps = hf.get("rms_norm_eps")
+    return {
+        "qk_norm": "head", "mixers": mixers, "conv_kernel": hf.get("conv_L_cache", 3),
+        "intermediate_size": width, "norm_eps": 1e-5 if eps is None else eps,
+        "ropes": (read_rope({"rope_theta": 1e6, **hf}),) * n,
+        "tied": hf.get("tie_embedding", hf.get("tie_word_embeddings", True)),
+    }  # fmt: skip
