@@ -61,14 +61,13 @@ class Answered:
 class Rewards:
     """The reward functions of a run, and the number of failures of each.
 
-    `open_run(DIR)` returns the reward model of a name run:DIR, a function of an answer, too.
+    `open_run(DIR)` returns the reward model of a name run:DIR, a function of many answers.
     """
 
     def __init__(self, rl: RLConfig, log: Callable[[str], None] = print, open_run: Callable[[str], Any] = str):
         self.names, self.log, self.timeout = list(rl.reward), log, rl.reward_timeout
-        self.functions = [
-            open_run(name.removeprefix(RUN)) if name.startswith(RUN) else reward_function(name) for name in rl.reward
-        ]
+        self.functions = [None if name.startswith(RUN) else reward_function(name) for name in rl.reward]
+        self.models = {name: open_run(name.removeprefix(RUN)) for name in rl.reward if name.startswith(RUN)}
         self.weights = np.array(rl.reward_weights or [1.0] * len(rl.reward))
         self.failures: Counter[str] = Counter()
         self.first_failure = ""
@@ -82,24 +81,34 @@ class Rewards:
 
     def score(self, answers: Sequence[Answered]) -> Array:
         """The reward of each answer by each function, (answers, functions) float64; NaN: it failed."""
-        named = zip(self.names, self.functions, strict=True)
-        columns = [[self._call(name, function, one) for one in answers] for name, function in named]
+        columns = [self._column(*named, answers) for named in zip(self.names, self.functions, strict=True)]
         return np.array(columns, np.float64).reshape(len(columns), len(answers)).T
+
+    def _column(self, name: str, function: Any, answers: Sequence[Answered]) -> list[float]:
+        """The rewards by one function; a reward model scores all answers at once or, if that fails, one by one."""
+        if (judge := self.models.get(name)) is None:
+            return [self._call(name, function, one) for one in answers]
+        try:
+            if all(map(math.isfinite, found := judge(answers))):
+                return list(found)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+        return [self._call(name, lambda answered: judge([answered])[0], one) for one in answers]
 
     def total(self, rewards: Array) -> Array:
         """The weighted sums of rewards, (answers,); NaN where one failed."""
         return rewards @ self.weights
 
     def _call(self, name: str, function: Callable[[Answered], Any], answered: Answered) -> float:
-        is_model = name.startswith(RUN)  # which has no time limit, but may run out of memory
         try:
-            with time_limit(0 if is_model else self.timeout, "rl.reward_timeout"):
+            with time_limit(self.timeout, "rl.reward_timeout"):
                 value = float(function(answered))
             if math.isfinite(value):
                 return value
             reason = f"returned {value}"
         except (Exception, Alarm) as error:  # a mistake in the user's own function
-            if is_model and is_out_of_memory(error):
+            if name in self.models and is_out_of_memory(error):
                 raise
             reason = f"{one_line(''.join(traceback.format_exception_only(error))):.200}"  # str(error) may fail too
         self.failures[name] += 1

@@ -7,6 +7,7 @@ is the loss. Only differences are learned; `preference.center` keeps rewards aro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -48,14 +49,19 @@ class TrainedReward:
         self.model, self.chat = opened.model, open_chat_tokenizer(run, opened, as_trained=True)
 
     @torch.no_grad()
-    def __call__(self, answered: Answered) -> float:
-        """The reward of an answer, at the end of its conversation."""
-        asked, said = answered.prompt, {"role": "assistant", "content": answered.answer}
-        *_, sample = self.chat.render_samples(
-            [*asked.messages, said], 0, asked.tools, template_args=asked.template_args
-        )
-        (batch,) = eval_batches(self.chat.encode_now([sample]), 1, self.chat.pad_id)
-        return answer_rewards(self.model, batch.to(self.model.device)).item()
+    def __call__(self, answers: Sequence[Answered], batch_size: int = 16) -> list[float]:
+        """The reward of each answer, at the end of its conversation."""
+        rendered = [
+            self.chat.render_samples(
+                [*a.prompt.messages, {"role": "assistant", "content": a.answer}], at, a.prompt.tools,
+                template_args=a.prompt.template_args,
+            )[-1]
+            for at, a in enumerate(answers)
+        ]  # fmt: skip
+        found: dict[int, float] = {}
+        for batch in eval_batches(self.chat.encode_now(rendered), batch_size, self.chat.pad_id):
+            found |= zip(batch.records, answer_rewards(self.model, batch.to(self.model.device)).tolist(), strict=True)
+        return [found[at] for at in range(len(answers))]
 
 
 class RewardModel(Preference):

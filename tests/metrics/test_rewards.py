@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +264,14 @@ def test_a_reward_model_is_no_function_whatever_its_directory(tmp_path: Path) ->
     assert load_config(tmp_path / "config.json", [], {}).rl.reward == ("run:judge",)
 
 
-def judging(each: Answered) -> float:
+def judging(answers: Sequence[Answered]) -> list[float]:
     """A reward model that takes some answers for a reason to fail."""
-    if each.answer == "bad":
+    said = [each.answer for each in answers]
+    if "bad" in said:
         raise UserError("the chat template refuses this")
-    if each.answer == "large":
+    if "large" in said:
         raise MemoryError
-    return math.inf if each.answer == "odd" else float(len(each.answer))
+    return [math.inf if text == "odd" else float(len(text)) for text in said]
 
 
 def test_a_reward_model_that_fails_costs_the_answers_for_which_it_does() -> None:

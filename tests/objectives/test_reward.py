@@ -179,7 +179,7 @@ def test_a_run_learns_to_tell_the_answers_apart(run: str, trained: Path) -> None
 
 @pytest.mark.parametrize("run", ["lora", "full"])
 def test_a_run_judges_answers_as_transformers_does(run: str, trained: Path, tmp_path: Path) -> None:
-    """Also an empty one."""
+    """Each answer alone, whatever its batch; also an empty one."""
     directory = merged(trained, run, tmp_path, "--dtype", "f32")
     reference = AutoModelForSequenceClassification.from_pretrained(directory)
     tokenizer, expected, answers = AutoTokenizer.from_pretrained(trained / "base"), [], []
@@ -193,7 +193,9 @@ def test_a_run_judges_answers_as_transformers_does(run: str, trained: Path, tmp_
         with torch.no_grad():
             expected.append(reference(ids).logits.item())
     judge = TrainedReward(str(trained / run), CPU, torch.float32)
-    assert list(map(judge, answers)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert judge(answers) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert judge(answers, batch_size=1) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert judge([]) == []
 
 
 def test_tools_and_variables_of_the_template_are_part_of_the_conversation(trained: Path, monkeypatch: Any) -> None:
@@ -206,7 +208,7 @@ def test_tools_and_variables_of_the_template_are_part_of_the_conversation(traine
 
     monkeypatch.setattr(judge.chat, "render_samples", noting)
     asked, tools = [{"role": "user", "content": "Say 3."}], [{"type": "function", "function": {"name": "say"}}]
-    judge(Answered(Prompt(asked, "4", tools, {"style": "short"}), "3!", "4"))
+    judge([Answered(Prompt(asked, "4", tools, {"style": "short"}), "3!", "4")])
     whole = [*asked, {"role": "assistant", "content": "3!"}]
     assert given == [((whole, 0, tools), {"template_args": {"style": "short"}})]
 
