@@ -40,6 +40,7 @@ from nanoft.runtime.memory import OutOfMemory, is_out_of_memory, release_memory
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of a collective
 PATIENCE = timedelta(days=1)  # while rank 0 works alone: it may tokenize a large corpus
+BUCKET_BYTES = 64 << 20  # of gradients per all-reduce
 ERRORS = {"UserError": UserError, "TrainingFailed": TrainingFailed}
 _sharded = False  # whether the model's parameters are split
 _store: Any = None  # a dist.Store in torchrun's process: JSON values that ranks exchange
@@ -236,7 +237,7 @@ def seed_process(seed: int, epoch: int, index: int) -> None:
 
 @torch.no_grad()
 def all_reduce_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the loss and each gradient by its sum over the ranks, in place.
+    """Replace the loss and each gradient by its sum over the ranks, in a few large all-reduces.
 
     With a sharded model, FSDP has summed the gradients during backward, and divided them by the world size.
     """
@@ -246,9 +247,23 @@ def all_reduce_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> No
     if _sharded:
         torch._foreach_mul_([gradient.to_local() for gradient in gradients], float(world_size()))  # type: ignore[attr-defined]
         gradients = []
-    with _explained():
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in (loss, *gradients)]:
-            work.wait()
+    for bucket in _buckets([loss, *gradients]):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        with _explained():
+            dist.all_reduce(flat)
+        for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of at most BUCKET_BYTES in total; a larger one by itself."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    yield bucket
 
 
 def stop_requested(stop: StopRequest) -> bool:

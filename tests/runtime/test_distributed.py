@@ -580,6 +580,7 @@ def main(argv):
     other = "TrainingFailed: another process failed: see its message"
     assert raised(broken) == ("ValueError: odd" if me == 1 else other)
 
+    distributed.BUCKET_BYTES = 1000  # the 20 x 20 by itself
     shapes = [(3, 5), (20, 20), (), (7,)]
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     chance = torch.Generator().manual_seed(0)
