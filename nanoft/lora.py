@@ -267,7 +267,7 @@ def top_singular_factors(weight: Tensor, rank: int, generator: torch.Generator) 
         u, s, vt = torch.linalg.svd(weight @ basis, full_matrices=False)
         vt = vt @ basis.T
     root = s[:rank].sqrt()
-    return (u[:, :rank] * root).contiguous(), (root[:, None] * vt[:rank]).contiguous()
+    return u[:, :rank] * root, root[:, None] * vt[:rank]
 
 
 def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adapter]:

@@ -24,6 +24,8 @@ def shard_model(model: Decoder, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (world_size(),))
     for block in model.model.layers:
         distributed.gather_shards(block)  # one block at a time
+        for parameter in block.parameters():  # PiSSA's A is transposed
+            parameter.data = parameter.data.contiguous()
         fully_shard(block, mesh=mesh)
     head = model.head
     whole = {head} if isinstance(head, nn.Parameter) and not head.requires_grad and model.score is None else None
