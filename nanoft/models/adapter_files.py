@@ -42,7 +42,7 @@ from nanoft.lora import (
 )
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.expert_files import GATE_UP, split_gate_up, stack_adapter, stack_name, unstack_adapter
-from nanoft.models.families import FAMILIES, file_name, module_name
+from nanoft.models.families import FAMILIES, file_name, module_name, regroup
 from nanoft.models.model_files import TOWERS, split_reference, standard_name
 
 NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
@@ -138,12 +138,13 @@ def save_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     plain, tensors = as_plain_lora(lora, adapter_tensors(adapters))
     family, stored = FAMILIES[model.config.family], {name_in_peft(model.config, name): t for name, t in tensors.items()}
-    own_names = model.config.wrapped or family.names or family.stacked
-    write_tensors(directory / "adapter_model.safetensors", stack_adapter(stored) if family.stacked else stored)
+    has_stacks = bool(model.config.routing and family.stacked)
+    own_names = model.config.wrapped or family.names or has_stacks
+    write_tensors(directory / "adapter_model.safetensors", stack_adapter(stored) if has_stacks else stored)
 
     def rename(module: str) -> str:
         name = name_in_peft(model.config, module)
-        return stack_name(f"{name}.weight").removesuffix(".weight") if family.stacked else name
+        return stack_name(f"{name}.weight").removesuffix(".weight") if has_stacks else name
 
     if own_names and (plain.rank_pattern or plain.alpha_pattern):  # expressions for the decoder's names
         ranks = ranks_of(tensors)
@@ -153,7 +154,7 @@ def save_adapter(
     low_rank = {rename(name) for name, adapter in adapters.items() if isinstance(adapter, LoRALinear)}
     bare = {name.rpartition(".")[2] for name in map(rename, linears_of(model)) if name not in low_rank}
     bare |= {name.rpartition(".")[2] for name in low_rank if model.config.wrapped}  # those of the other towers
-    parameters = {name for name in low_rank if family.stacked and (".experts." in name or name.endswith(".router"))}
+    parameters = {name for name in low_rank if has_stacks and (".experts." in name or name.endswith(".router"))}
     modules = low_rank - parameters
     targets = sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in modules})
     parameters = {f"{name}.weight" if name.endswith(".router") else name for name in parameters}
@@ -247,15 +248,19 @@ def fold_patterns(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
 def fit_experts(
     config: DecoderConfig, lora: LoRAConfig, tensors: dict[str, Tensor]
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The adapter for a decoder whose experts may have gate and up apart, where PEFT's files have them together."""
-    if config.mlp != "gated" or not any(f".experts.0.{GATE_UP}." in name for name in tensors):
+    """The adapter for a decoder whose experts may be beside an MLP, or have gate and up apart, unlike PEFT's files."""
+    stored = {regroup(config, name): name for name in tensors}
+    fitted = {name: tensors[own] for name, own in stored.items()}
+    if config.mlp == "gated" and any(f".experts.0.{GATE_UP}." in name for name in tensors):
+        fitted = split_gate_up(fitted)
+    if fitted.keys() == tensors.keys():
         return lora, tensors
-    split, alphas = split_gate_up(tensors), dict[str, float]()
-    ranks = ranks_of(split)
+    ranks, alphas = ranks_of(fitted), dict[str, float]()
+    places = {_split(name)[0]: _split(own)[0] for name, own in stored.items()}
     for name, rank in ranks.items():  # their scaling is as it was
         together = re.sub(r"(\.experts\.\d+)\.(gate|up)_proj$", rf"\1.{GATE_UP}", name)
-        alphas[name] = _scaling(lora, together) * (math.sqrt(rank) if lora.rslora else rank)
-    return _with_ranks(lora, ranks, alphas), split
+        alphas[name] = _scaling(lora, places.get(name) or places[together]) * (math.sqrt(rank) if lora.rslora else rank)
+    return _with_ranks(lora, ranks, alphas), fitted
 
 
 def _scaling(lora: LoRAConfig, name: str) -> float:
