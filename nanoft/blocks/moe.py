@@ -60,14 +60,11 @@ class ScaledRouter(nn.Module):
 class Experts(nn.Module):
     """sum_e w_e expert_e(x), over the k experts of each token."""
 
-    router: Any
-
     def __init__(self, routing: Routing, hidden_size: int, experts: Iterable[nn.Module], bias: bool, eps: float = 0.0):
         super().__init__()
         self.chosen, self.over_chosen, self.scaled = routing.chosen, routing.over_chosen, routing.beside_mlp
-        self.router = Router(hidden_size, routing.experts, bias=bias)
-        if self.scaled:
-            self.router = ScaledRouter(hidden_size, routing.experts, eps)
+        sizes = hidden_size, routing.experts
+        self.router: Any = ScaledRouter(*sizes, eps) if self.scaled else Router(*sizes, bias=bias)
         self.experts = nn.ModuleList(experts)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,9 +72,9 @@ class Experts(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             logits = self.router(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))  # (n, experts)
         chosen = self.choose(logits)
-        own = logits.gather(-1, chosen)
-        weights = own.softmax(-1) if self.over_chosen else logits.softmax(-1).gather(-1, chosen)
-        return weights * self.router.per_expert_scale[chosen] if self.scaled else weights, chosen
+        if self.over_chosen:
+            return logits.gather(-1, chosen).softmax(-1), chosen
+        return logits.softmax(-1).gather(-1, chosen), chosen
 
     def choose(self, logits: Tensor) -> Tensor:
         """The experts with the k largest logits, (n, k)."""
@@ -87,6 +84,7 @@ class Experts(nn.Module):
         """(..., hidden) -> (..., hidden); `routed`: what the router reads, (..., hidden); None: x."""
         tokens = x.flatten(0, -2)  # (n, hidden)
         weights, chosen = self.route(tokens if routed is None else routed.flatten(0, -2))
+        weights = weights * self.router.per_expert_scale[chosen] if self.scaled else weights
         outputs = self.outputs(tokens, chosen)
         return (outputs * weights[..., None].to(outputs.dtype)).sum(1).to(x.dtype).view_as(x)
 

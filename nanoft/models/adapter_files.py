@@ -138,13 +138,12 @@ def save_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     plain, tensors = as_plain_lora(lora, adapter_tensors(adapters))
     family, stored = FAMILIES[model.config.family], {name_in_peft(model.config, name): t for name, t in tensors.items()}
-    has_stacks = bool(model.config.routing and family.stacked)
-    own_names = model.config.wrapped or family.names or has_stacks
-    write_tensors(directory / "adapter_model.safetensors", stack_adapter(stored) if has_stacks else stored)
+    own_names = model.config.wrapped or family.names or family.stacked
+    write_tensors(directory / "adapter_model.safetensors", stack_adapter(stored) if family.stacked else stored)
 
     def rename(module: str) -> str:
         name = name_in_peft(model.config, module)
-        return stack_name(f"{name}.weight").removesuffix(".weight") if has_stacks else name
+        return stack_name(f"{name}.weight").removesuffix(".weight") if family.stacked else name
 
     if own_names and (plain.rank_pattern or plain.alpha_pattern):  # expressions for the decoder's names
         ranks = ranks_of(tensors)
@@ -154,7 +153,7 @@ def save_adapter(
     low_rank = {rename(name) for name, adapter in adapters.items() if isinstance(adapter, LoRALinear)}
     bare = {name.rpartition(".")[2] for name in map(rename, linears_of(model)) if name not in low_rank}
     bare |= {name.rpartition(".")[2] for name in low_rank if model.config.wrapped}  # those of the other towers
-    parameters = {name for name in low_rank if has_stacks and (".experts." in name or name.endswith(".router"))}
+    parameters = {name for name in low_rank if family.stacked and (".experts." in name or name.endswith(".router"))}
     modules = low_rank - parameters
     targets = sorted({name if (last := name.rpartition(".")[2]) in bare else last for name in modules})
     parameters = {f"{name}.weight" if name.endswith(".router") else name for name in parameters}

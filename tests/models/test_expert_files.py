@@ -255,6 +255,15 @@ def test_every_weight_is_named_with_its_form(tmp_path: Path) -> None:
     assert said["router"] == f"{3 * 6 * 64:,} frozen in bfloat16"
 
 
+def test_experts_beside_an_mlp_are_named_with_its_weights(tmp_path: Path) -> None:
+    make_family("gemma4_text", tmp_path, 2)
+    model = load_model(tmp_path, CPU, torch.bfloat16, NF4)
+    said = dict(line.split(": ", 1) for line in describe_parameters(model))
+    assert said["experts.gate_up_proj"] == f"{3 * 6 * 128 * 64:,} frozen in nf4"
+    assert said["gate_proj"] == f"{3 * 128 * 64:,} frozen in nf4"
+    assert said["router"].startswith(f"{3 * (6 * 64 + 64 + 6):,} ")
+
+
 def test_a_token_costs_the_experts_that_it_meets(tmp_path: Path) -> None:
     make_family("qwen3_moe", tmp_path)
     decoder, config = ModelFiles.read(tmp_path).decoder, Config()
