@@ -345,7 +345,7 @@ def targets_of(model: nn.Module) -> dict[str, Any]:
 def matches_target(name: str, target: str) -> bool:
     """Whether a target is a word of WORDS, the end of the name, or a regular expression that matches all of it."""
     if target in WORDS:
-        return bool(re.search(WORDS[target], f".{name}")) and not name.endswith(".router")  # adapted if named itself
+        return bool(re.search(WORDS[target], f".{name}")) and ".router" not in name  # adapted if named itself
     return name == target or name.endswith(f".{target}") or re.fullmatch(target, name) is not None
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nanoft.attention import Documents, Rotation, Scores, SequenceContext, soft_cap
 from nanoft.blocks import per_layer
 from nanoft.blocks.deltanet import DeltaNetSizes, GatedDeltaNet
-from nanoft.blocks.moe import Experts, Routing
+from nanoft.blocks.moe import Routing, feed_forward
 from nanoft.blocks.norms import NORM_KINDS, RMSNorm
 from nanoft.blocks.rope import Rope, document_lengths
 from nanoft.blocks.short_conv import ShortConv
@@ -122,6 +122,7 @@ NORMS: dict[str, tuple[str, str, str, str]] = {
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
     ),
 }  # fmt: skip
+NORMS["both but mlp"] = (*NORMS["both"][:2], "", NORMS["both"][3])  # before the MLP in there: MLPAndExperts
 
 
 class SelfAttention(nn.Module):
@@ -233,10 +234,7 @@ class Block(nn.Module):
         self.add_module(self.mixer_name, make(config, layer))
         self.takes, self.gives = getattr(self.mixer, "takes", []), getattr(self.mixer, "gives", [])  # in the context
         per_layer.extend_block(self, config, layer)
-        self.mlp: Any = MLP(config)
-        if (routing := config.routing) and routing.layers[layer]:
-            experts = (MLP(config, routing.width) for _ in range(routing.experts))
-            self.mlp = Experts(routing, config.hidden_size, experts, config.mlp_bias)
+        self.mlp: Any = feed_forward(MLP, config, layer)
         for name in filter(None, self.norm_names):
             self.add_module(name, config.make_norm(config.hidden_size))
 

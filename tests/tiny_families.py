@@ -74,6 +74,11 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "gemma4_text": [
         {**GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 64},
         {**GEMMA4, "hidden_size_per_layer_input": 0, "num_hidden_layers": 7, "layer_types": None},
+        {
+            **GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+            "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 64,
+            "num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, FULL],
+        },
     ],
     "gemma4_unified_text": [
         {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
@@ -120,7 +125,8 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "seed_oss": [{}, {"head_dim": 40, "attention_out_bias": True, "mlp_bias": True}],
 }  # fmt: skip
 CASES = [(name, number) for name in FAMILIES for number in range(len(SHAPES.get(name, [{}])))]
-FIRST = [case for case in CASES if case[1] == 0]
+WITH_EXPERTS = [("qwen3_moe", 0), ("gpt_oss", 0), ("gemma4_text", 2)]
+FIRST = [case for case in CASES if case[1] == 0 or case in WITH_EXPERTS]
 NO_DROPOUT = dict.fromkeys(("attention_dropout", "residual_dropout"), 0.0)  # some families have some by default
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -143,8 +149,9 @@ def make_family(name: str, directory: Path, shape: int = 0, **changes: Any) -> P
     return model
 
 
-def split_experts(tensors: dict[str, Tensor], interleaved: bool) -> dict[str, Tensor]:
-    """Stacked experts of transformers as the decoder's linears, (out, in) each; gate and up are one in gpt-oss."""
+def split_experts(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Stacked experts of transformers as linears, (out, in) each; gate and up are one but in Qwen3-MoE."""
+    interleaved = family == "gpt_oss"
     found = dict[str, Tensor]()
     for name, stacked in tensors.items():
         place, dot, leaf = name.partition(".experts.")
@@ -155,7 +162,7 @@ def split_experts(tensors: dict[str, Tensor], interleaved: bool) -> dict[str, Te
         for number, own in enumerate(stacked):
             own = own.t() if interleaved and not bias else own  # (out, in), or (out,)
             parts = {part: own}
-            if part == "gate_up_proj" and not interleaved:
+            if part == "gate_up_proj" and family == "qwen3_moe":
                 parts = dict(zip(("gate_proj", "up_proj"), own.chunk(2), strict=True))
             for each, tensor in parts.items():
                 found[f"{place}.experts.{number}.{each}.{'bias' if bias else 'weight'}"] = tensor

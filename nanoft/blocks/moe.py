@@ -6,12 +6,18 @@
 So a token costs k experts, and memory holds all of them. The router computes in float32: two experts whose logits are
 near would be confused in bfloat16. Each expert is an MLP of ordinary linears, so that adapters, four bits and merging
 treat it as any other: nothing of an expert is skipped, whatever its files look like (nanoft/models/expert_files.py).
+
+Gemma 4 has experts beside an MLP that computes every token, and a factor f_e for each expert:
+
+    y = N_1(mlp(N(x))) + N_2(sum over the k of w_e f_e expert_e(N_3(x))),   l = R (scale * x / rms(x)) / sqrt(hidden)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +33,7 @@ class Routing:
     chosen: int  # k, of each token
     width: int  # inner size of an expert
     over_chosen: bool  # the softmax is over the k chosen experts alone
+    beside_mlp: bool = False  # layers with experts have an MLP, too
 
 
 class Balance:
@@ -72,13 +79,28 @@ class Router(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+class ScaledRouter(nn.Module):
+    """R (scale * x / rms(x)) / sqrt(hidden), and the factors of the experts (Gemma 4)."""
+
+    def __init__(self, hidden_size: int, experts: int, eps: float):
+        super().__init__()
+        self.eps, self.proj = eps, Router(hidden_size, experts, bias=False)
+        self.scale, self.per_expert_scale = nn.Parameter(torch.ones(hidden_size)), nn.Parameter(torch.ones(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale.to(x.dtype) * len(self.scale) ** -0.5
+        logits: Tensor = self.proj(F.rms_norm(x, scale.shape, scale, self.eps))
+        return logits
+
+
 class Experts(nn.Module):
     """sum_e w_e expert_e(x), over the k experts of each token."""
 
-    def __init__(self, routing: Routing, hidden_size: int, experts: Iterable[nn.Module], bias: bool):
+    def __init__(self, routing: Routing, hidden_size: int, experts: Iterable[nn.Module], bias: bool, eps: float = 0.0):
         super().__init__()
-        self.chosen, self.over_chosen = routing.chosen, routing.over_chosen
-        self.router = Router(hidden_size, routing.experts, bias=bias)
+        self.chosen, self.over_chosen, self.scaled = routing.chosen, routing.over_chosen, routing.beside_mlp
+        sizes = hidden_size, routing.experts
+        self.router: Any = ScaledRouter(*sizes, eps) if self.scaled else Router(*sizes, bias=bias)
         self.experts = nn.ModuleList(experts)
         self.balance: Balance | None = None  # of the micro-batch in training
 
@@ -97,10 +119,11 @@ class Experts(nn.Module):
         """The experts with the k largest logits, (n, k)."""
         return logits.topk(self.chosen, dim=-1).indices
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., hidden) -> (..., hidden)."""
+    def forward(self, x: Tensor, routed: Tensor | None = None) -> Tensor:
+        """(..., hidden) -> (..., hidden); `routed`: what the router reads, (..., hidden); None: x."""
         tokens = x.flatten(0, -2)  # (n, hidden)
-        weights, chosen = self.route(tokens)
+        weights, chosen = self.route(tokens if routed is None else routed.flatten(0, -2))
+        weights = weights * self.router.per_expert_scale[chosen] if self.scaled else weights
         outputs = self.outputs(tokens, chosen)
         return (outputs * weights[..., None].to(outputs.dtype)).sum(1).to(x.dtype).view_as(x)
 
@@ -123,3 +146,30 @@ class Experts(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         counts: list[int] = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         return order // self.chosen, order.argsort(), counts
+
+
+class MLPAndExperts(nn.Module):
+    """N_1(mlp(N(x))) + N_2(experts(N_3(x))), of which the router reads x itself; norms are named as in files."""
+
+    def __init__(self, dense: nn.Module, sparse: Experts, make_norm: Callable[[], nn.Module]):
+        super().__init__()
+        self.dense, self.sparse = dense, sparse
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm_1 = make_norm(), make_norm()
+        self.pre_feedforward_layernorm_2, self.post_feedforward_layernorm_2 = make_norm(), make_norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        dense = self.post_feedforward_layernorm_1(self.dense(self.pre_feedforward_layernorm(x)))
+        sparse: Tensor = self.post_feedforward_layernorm_2(self.sparse(self.pre_feedforward_layernorm_2(x), x))
+        return dense + sparse
+
+
+def feed_forward(mlp: Callable[..., nn.Module], config: Any, layer: int) -> nn.Module:
+    """The second half of a block: an MLP, experts, each of which is one, or both; `mlp` makes one of a width."""
+    routing: Routing | None = config.routing
+    if routing is None or not routing.layers[layer]:
+        return mlp(config)
+    experts = (mlp(config, routing.width) for _ in range(routing.experts))
+    sparse = Experts(routing, config.hidden_size, experts, config.mlp_bias, config.norm_eps)
+    if not routing.beside_mlp:
+        return sparse
+    return MLPAndExperts(mlp(replace(config, mlp="gated")), sparse, partial(config.make_norm, config.hidden_size))

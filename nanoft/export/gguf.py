@@ -213,8 +213,10 @@ def tensor_names(config: DecoderConfig) -> Callable[[str], list[str]]:
         parts = [f"{part}.weight" if part.endswith((".layer_scalar", ".sinks")) else part for part in parts]
         parts = [part.replace(".dt_bias", ".dt_proj.bias") for part in parts]
         parts = [re.sub(r"\.experts\.\d+\.", ".experts.", part) for part in parts]
-        spelled = [(file_name(config.family, part), part) for part in parts]
-        return [next(new for own in names if (new := known.get_name(own, (".weight", ".bias")))) for names in spelled]
+        parts = [part.replace("router.scale", "router.proj.scale") for part in parts]
+        parts = [part.replace("router.per_expert_scale", "experts.down_proj.scale") for part in parts]
+        spelled, ends = [(file_name(config.family, part), part) for part in parts], (".weight", ".bias", ".scale")
+        return [next(new for own in names if (new := known.get_name(own, ends))) for names in spelled]
 
     return new_names
 

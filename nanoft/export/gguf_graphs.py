@@ -139,7 +139,7 @@ GRAPHS: dict[str, Graph] = {  # by llama.cpp's names, those in FAMILIES
     "lfm2": Graph((*USUAL, NO_BIASES)),
     "gemma2": Graph((*GEMMA, CAPS, _gemma_scale(46)), windows=True, scales=SOFT_CAPS),
     "gemma3": Graph((*GEMMA, NO_CAPS, LOCAL_ROPE, _gemma_scale(62)), ("default", "linear"), windows=True),
-    "gemma4": Graph((*GEMMA, LOCAL_ROPE), ("default", "proportional"), windows=True, scales=FINAL_CAP),
+    "gemma4": Graph((*GEMMA, LOCAL_ROPE), ("default", "proportional"), windows=True, fused=True, scales=FINAL_CAP),
     "phi3": Graph((ALL_ROTATE, NO_GROWTH, SQUARE), ("default", "longrope"), fused=True),
     "olmo2": Graph((*USUAL, NO_BIASES, UNTIED, SQUARE, PERIODIC, LOCAL_ROPE, ONE_THETA), windows=True),
     "exaone4": Graph((WHOLE_HEAD, NO_GROWTH, YARN, OF_32B), WITH_LLAMA3, windows=True),

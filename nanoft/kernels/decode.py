@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nanoft.attention import AttentionLayer, CacheContext, Rotation
 from nanoft.blocks.deltanet import GatedDeltaNet
-from nanoft.blocks.moe import Experts
+from nanoft.blocks.moe import Experts, MLPAndExperts
 from nanoft.blocks.norms import NORM_KINDS
 from nanoft.blocks.short_conv import ShortConv
 from nanoft.blocks.trained import PACKED
@@ -78,7 +78,7 @@ def twin(module: Any, build: Build | None) -> Function:
     kind: Any = {FastMLP: MLP, FastExperts: Experts}.get(type(module), type(module))
     if kind is nn.ModuleList:
         return [twin(child, build) for child in module]  # type: ignore[return-value]
-    if kind in (SelfAttention, GatedDeltaNet, ShortConv, MLP, Experts):
+    if kind in (SelfAttention, GatedDeltaNet, ShortConv, MLP, Experts, MLPAndExperts):
         return _twin_class(kind)(module, build)
     if kind in VARIANTS.values():
         return adapted(module, build) if module.enabled else twin(module.base, build)

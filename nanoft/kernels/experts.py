@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanoft.blocks.double_quantization import unpack_scales
-from nanoft.blocks.moe import Experts
+from nanoft.blocks.moe import Experts, MLPAndExperts
 from nanoft.kernels import fused
 from nanoft.kernels.block import grouped_mlp, is_known
 from nanoft.lora import LoRALinear
@@ -30,7 +30,7 @@ grouped_mm: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public 
 
 
 class FastMLP(MLP):
-    """One expert, with the same modules: of what it computes, its input and its projections are kept."""
+    """One expert, or the MLP beside them, with the same modules: its input and its projections are kept."""
 
     def forward(self, x: Tensor) -> Tensor:
         return grouped_mlp(self, identity, x) if len(x) else super().forward(x)  # a kernel needs something to do
@@ -174,9 +174,17 @@ def base_of(linear: Frozen | LoRALinear) -> Any:
 
 def install(block: Any) -> None:
     """Use these for the experts of a block, if their types are known."""
-    mlp = block.mlp
-    if type(mlp) is Experts and all(type(expert) is MLP and is_known(identity, expert) for expert in mlp.experts):
+    mlp: Any = block.mlp
+    if type(mlp) is MLPAndExperts:
+        if is_fast(mlp.dense):
+            mlp.dense.__class__ = FastMLP
+        mlp = mlp.sparse
+    if type(mlp) is Experts and all(map(is_fast, mlp.experts)):
         mlp.__class__ = FastExperts
         for expert in mlp.experts:
             expert.__class__ = FastMLP
-        block.mlp.arrange()
+        mlp.arrange()  # type: ignore[operator]
+
+
+def is_fast(mlp: nn.Module) -> bool:
+    return type(mlp) is MLP and is_known(identity, mlp)

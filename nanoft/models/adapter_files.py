@@ -42,7 +42,7 @@ from nanoft.lora import (
 )
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.expert_files import GATE_UP, split_gate_up, stack_adapter, stack_name, unstack_adapter
-from nanoft.models.families import FAMILIES, file_name, module_name
+from nanoft.models.families import FAMILIES, file_name, module_name, regroup
 from nanoft.models.model_files import TOWERS, split_reference, standard_name
 
 NOTE = "nanoft.json"  # a separate file, because PEFT warns about unknown keys in adapter_config.json
@@ -247,15 +247,19 @@ def fold_patterns(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
 def fit_experts(
     config: DecoderConfig, lora: LoRAConfig, tensors: dict[str, Tensor]
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The adapter for a decoder whose experts may have gate and up apart, where PEFT's files have them together."""
-    if config.mlp != "gated" or not any(f".experts.0.{GATE_UP}." in name for name in tensors):
+    """The adapter for a decoder whose experts may be beside an MLP, or have gate and up apart, unlike PEFT's files."""
+    stored = {regroup(config, name): name for name in tensors}
+    fitted = {name: tensors[own] for name, own in stored.items()}
+    if config.mlp == "gated" and any(f".experts.0.{GATE_UP}." in name for name in tensors):
+        fitted = split_gate_up(fitted)
+    if fitted.keys() == tensors.keys():
         return lora, tensors
-    split, alphas = split_gate_up(tensors), dict[str, float]()
-    ranks = ranks_of(split)
+    ranks, alphas = ranks_of(fitted), dict[str, float]()
+    places = {_split(name)[0]: _split(own)[0] for name, own in stored.items()}
     for name, rank in ranks.items():  # their scaling is as it was
         together = re.sub(r"(\.experts\.\d+)\.(gate|up)_proj$", rf"\1.{GATE_UP}", name)
-        alphas[name] = _scaling(lora, together) * (math.sqrt(rank) if lora.rslora else rank)
-    return _with_ranks(lora, ranks, alphas), split
+        alphas[name] = _scaling(lora, places.get(name) or places[together]) * (math.sqrt(rank) if lora.rslora else rank)
+    return _with_ranks(lora, ranks, alphas), fitted
 
 
 def _scaling(lora: LoRAConfig, name: str) -> float:

@@ -8,7 +8,7 @@ from nanoft import UserError
 from nanoft.blocks.moe import Routing
 from nanoft.models.layer_fields import Fields, read_rope, read_windows, window_but_every
 
-SIZES_OF_EXPERTS = dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 12)
+SIZES_OF_EXPERTS = dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "top_k_experts"), 1 << 12)
 SIZES_OF_EXPERTS["moe_intermediate_size"] = 1 << 20
 # Fields that are read, besides those of all families.
 MOE = "attention_bias sliding_window num_experts num_local_experts num_experts_per_tok router_aux_loss_coef".split()  # noqa: SIM905
@@ -22,14 +22,16 @@ ROUTER = (("mlp.gate", "mlp.router"),)  # its name in files of Qwen3-MoE
 
 
 def read_routing(
-    hf: Fields, layers: tuple[bool, ...], experts: int, chosen: int, width: int, over_chosen: bool
-) -> Routing | None:
+    hf: Fields, layers: tuple[bool, ...], experts: int, chosen: int, width: int, over_chosen: bool,
+    beside_mlp: bool = False,
+) -> Routing | None:  # fmt: skip
     """The experts of the layers that have some; `experts` in each, of which `chosen`, if the file does not say."""
     experts = hf.get("num_experts") or hf.get("num_local_experts") or experts
     chosen = hf.get("num_experts_per_tok") or chosen
     if chosen > experts:
-        raise UserError(f"num_experts_per_tok: {chosen} of {experts} experts: choose fewer")
-    return Routing(layers, experts, chosen, width, over_chosen) if any(layers) else None
+        name = "top_k_experts" if beside_mlp else "num_experts_per_tok"
+        raise UserError(f"{name}: {chosen} of {experts} experts: choose fewer")
+    return Routing(layers, experts, chosen, width, over_chosen, beside_mlp) if any(layers) else None
 
 
 def qwen3_moe(hf: Fields) -> dict[str, Any]:

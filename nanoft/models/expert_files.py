@@ -2,6 +2,7 @@
 
     Qwen3-MoE    experts.3.gate_proj.weight, (out, in); transformers 5 also has experts.gate_up_proj, (experts, out, in)
     gpt-oss      experts.gate_up_proj, (experts, in, out), and experts.gate_up_proj_bias, (experts, out)
+    Gemma 4      experts.gate_up_proj, (experts, out, in), beside the layer's mlp and not in it
 
 PEFT adapts a stack, W_e + s B_e A_e, in two matrices for all experts: the A_e below each other, (experts r, in), and in
 B, (out, r experts), column r' of expert e at r' experts + e. Its name of them is that of the module of the stacks, with

@@ -57,7 +57,8 @@ class Family:
     field_names: dict[str, str] = field(default_factory=dict)  # READ_FIELDS -> their names in its config.json
     names: tuple[tuple[str, str], ...] = ()  # parts of names in files, and their names in the decoder
     transposed: bool = False  # the weights of linears in blocks are stored as (in, out) (Conv1D in transformers)
-    stacked: bool = False  # experts are stored as stacks of (in, out): see expert_files.py
+    stacked: str = ""  # experts are stored as stacks of "in, out" or "out, in": see expert_files.py
+    beside_mlp: tuple[tuple[str, str], ...] = ()  # `names` of layers with experts beside an MLP
 
 
 # Fields of a config.json that are read or checked for every family ...
@@ -102,7 +103,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     refuse_code(hf)
     wrapped, hf = text_fields(hf) is not hf, standard_fields(hf)
     for name, most in MOST.items():  # before anything of that size is allocated
-        value, may_be_null = hf.get(name, 1), name.startswith(("num_key", "head_dim", "n_pos", "num_experts", "moe_"))
+        value, may_be_null = hf.get(name, 1), name.startswith(("num_key", "head_dim", "n_pos", "num_e", "moe_", "top_"))
         least = 0 if name in SIZES_OF_EXPERTS and hf.get("shared_intermediate_size") else 1  # Granite 4 may have none
         if not (value is None and may_be_null) and (type(value) is not int or not least <= value <= most):
             raise UserError(f"{name}: {value!r:.60} is not a whole number from {least} to {most:,}")
@@ -162,13 +163,18 @@ def standard_fields(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def module_name(name: str) -> str:
-    """The decoder's name of a tensor or module in a file of any family."""
+    """The decoder's name of a tensor or module in a file of any family; of Gemma 4's experts see `regroup`."""
     return _renamed(name, (pair for family in FAMILIES.values() for pair in family.names))
+
+
+def regroup(config: DecoderConfig, name: str) -> str:
+    """The decoder's name of a part of a layer that may have experts beside an MLP, from the result of `module_name`."""
+    return _renamed(name, FAMILIES[config.family].beside_mlp if config.routing else ())
 
 
 def file_name(family: str, name: str) -> str:
     """The name that a family's files use for a tensor or module of the decoder."""
-    return _renamed(name, ((own, here) for here, own in FAMILIES[family].names))
+    return _renamed(name, ((own, here) for here, own in (*FAMILIES[family].names, *FAMILIES[family].beside_mlp)))
 
 
 def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
@@ -366,7 +372,8 @@ GEMMA_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
 }
 GEMMA_ONLY |= {"use_bidirectional_attention": (False,), "cache_implementation": ("hybrid",)}
-GEMMA4: tuple[Any, ...] = (gemma4.FIELDS, "gemma4", gemma4.ONLY)
+GEMMA4: dict[str, Any] = {"fields": gemma4.FIELDS, "gguf": "gemma4", "only": gemma4.ONLY}
+GEMMA4 |= {"stacked": "out, in", "beside_mlp": gemma4.BESIDE_MLP}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "residual_dropout"), (0.0,))
 GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 # Fields that only experts and state-space layers use.
@@ -384,13 +391,13 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe, QWEN3_MOE, "qwen3moe", NO_AUXILIARY_LOSS, names=ROUTER),
-    "gpt_oss": Family("GptOssForCausalLM", gpt_oss, GPT_OSS, "gpt-oss", GPT_OSS_ONLY, stacked=True),
+    "gpt_oss": Family("GptOssForCausalLM", gpt_oss, GPT_OSS, "gpt-oss", GPT_OSS_ONLY, stacked="in, out"),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
     ),
-    "gemma4_text": Family("Gemma4ForCausalLM", partial(gemma4.read, window=512, size=256), *GEMMA4),
-    "gemma4_unified_text": Family("Gemma4UnifiedForCausalLM", partial(gemma4.read, window=1024, size=0), *GEMMA4),
+    "gemma4_text": Family("Gemma4ForCausalLM", partial(gemma4.read, window=512, size=256), **GEMMA4),
+    "gemma4_unified_text": Family("Gemma4UnifiedForCausalLM", partial(gemma4.read, window=1024, size=0), **GEMMA4),
     "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, "phi3", NO_DROPOUT),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), "olmo2"),
     "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), "olmo2"),

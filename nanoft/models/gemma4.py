@@ -3,6 +3,7 @@
 Layers with a window and those without have heads of their own sizes; in the larger models the values of the latter are
 their keys. In the smaller models the last layers attend to the keys and values of the last layer of their kind that
 has some, their MLPs may be twice as wide, and every layer reads the token once more (nanoft/blocks/per_layer.py).
+26B-A4B has experts beside the MLP of each layer (nanoft/blocks/moe.py).
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ from dataclasses import replace
 from typing import Any
 
 from nanoft import UserError
+from nanoft.models.expert_families import read_routing
 from nanoft.models.layer_fields import KINDS, Fields, read_ropes, window_but_every
 
 FIELDS = """
     attention_bias final_logit_softcapping sliding_window layer_types global_head_dim num_global_key_value_heads
     per_layer_config attention_k_eq_v num_kv_shared_layers use_double_wide_mlp hidden_size_per_layer_input
-    vocab_size_per_layer_input
+    vocab_size_per_layer_input enable_moe_block num_experts top_k_experts moe_intermediate_size
     """.split()  # noqa: SIM905
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
-    "enable_moe_block": (False,),
     "use_bidirectional_attention": ("vision",),  # between the positions of an image
 }
+# Parts of names in files of layers with experts, and their names in the decoder.
+BESIDE_MLP = (
+    ("mlp", "mlp.dense"), ("router", "mlp.sparse.router"), ("experts", "mlp.sparse.experts"),
+    *((norm, f"mlp.{norm}") for norm in ("pre_feedforward_layernorm", "pre_feedforward_layernorm_2",
+      "post_feedforward_layernorm_1", "post_feedforward_layernorm_2")),
+)  # fmt: skip
 ROPES: dict[str, Any] = {
     "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -37,8 +44,13 @@ def read(hf: Fields, window: int, size: int) -> dict[str, Any]:
     windows = (*window_but_every(6, hf, window)[:-1], None)  # the last layer sees everything
     layers = read_layers(hf, windows)
     ropes = read_ropes({**hf, "rope_parameters": hf.get("rope_parameters") or ROPES}, windows, {})
+    experts: dict[str, Any] = {"norms": "both"}
+    if hf.get("enable_moe_block"):
+        sizes = hf["num_experts"], hf["top_k_experts"], hf["moe_intermediate_size"]
+        routing = read_routing(hf, (True,) * len(windows), *sizes, True, beside_mlp=True)
+        experts = {"norms": "both but mlp", "mlp": "fused", "routing": routing}
     return {
-        "norms": "both", "qk_norm": "head", "v_norm": True, "layer_scalar": True, "activation": "gelu_tanh",
+        **experts, "qk_norm": "head", "v_norm": True, "layer_scalar": True, "activation": "gelu_tanh",
         "head_dim": hf.get("head_dim") or 256, "attention_scale": 1.0, "embedding_scale": hf["hidden_size"] ** 0.5,
         "logit_cap": hf.get("final_logit_softcapping"), "tied": hf.get("tie_word_embeddings", True),
         "qkv_bias": bool(hf.get("attention_bias")), "o_bias": bool(hf.get("attention_bias")),

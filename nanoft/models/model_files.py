@@ -22,7 +22,7 @@ from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
 from nanoft.models.expert_files import expert_headers
-from nanoft.models.families import FAMILIES, decoder_config, file_name, main_rope, module_name, standard_fields
+from nanoft.models.families import FAMILIES, decoder_config, file_name, main_rope, module_name, regroup, standard_fields
 from nanoft.nf4 import CODES
 
 Quantization = tuple[str, bool]  # the form of packed weights: (nf4 | fp4 | int8, double)
@@ -176,9 +176,10 @@ class ModelFiles:
 
     def stored_name(self, name: str) -> str:
         """The name of a decoder's weight in a directory with this config.json."""
+        name = file_name(self.decoder.family, name)
         if any(tower.startswith("model.") for tower in self.towers):
             return re.sub("^model", "model.language_model", name)
-        return f"language_model.{name}" if self.decoder.wrapped else file_name(self.decoder.family, name)
+        return f"language_model.{name}" if self.decoder.wrapped else name
 
     def is_transposed(self, name: str) -> bool:
         """Whether a decoder's weight is stored as (in, out) in such a directory."""
@@ -188,7 +189,8 @@ class ModelFiles:
         """The result of `read_headers` for the model's files, or for `paths`, with the decoder's shapes."""
         found = read_headers(paths or self.shards())
         if self.decoder.routing:
-            found = expert_headers(found, FAMILIES[self.decoder.family].stacked, self.decoder.mlp == "gated")
+            turned, apart = FAMILIES[self.decoder.family].stacked == "in, out", self.decoder.mlp == "gated"
+            found = {regroup(self.decoder, name): own for name, own in expert_headers(found, turned, apart).items()}
         for name, own in found.items():
             if self.is_transposed(name) and not is_packed(found, name):  # bitsandbytes has transposed it
                 found[name] = replace(own, shape=own.shape[::-1], transposed=True)

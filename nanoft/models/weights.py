@@ -337,7 +337,9 @@ def with_towers(
     """The tensors of an exported model, and a function that reads each: the decoder's, of the given shapes, under the
     names of its base, and then the base's other towers, unchanged."""
     stacks, names = dict[str, list[str]](), {base.stored_name(name): name for name in shapes}
-    if FAMILIES[base.decoder.family].stacked:
+    form = FAMILIES[base.decoder.family].stacked
+    step = -1 if form == "in, out" else 1  # of the axes of an expert
+    if form:
         for new in list(names):
             if (stack := stack_name(new)) != new:
                 stacks.setdefault(stack, []).append(names.pop(new))
@@ -346,7 +348,7 @@ def with_towers(
     turned = {new for new, name in names.items() if base.is_transposed(name)}
     specs = {new: (dtype, shapes[name][:: -1 if new in turned else 1]) for new, name in names.items()}
     specs |= {name: (DTYPES[header.form], header.shape) for name, header in base.towers.items()}
-    specs |= {new: (dtype, (len(own), *shapes[own[0]][::-1])) for new, own in stacks.items()}
+    specs |= {new: (dtype, (len(own), *shapes[own[0]][::step])) for new, own in stacks.items()}
 
     def one(name: str) -> Tensor:
         found = read(name)
@@ -354,7 +356,7 @@ def with_towers(
 
     def stored(new: str) -> Tensor | Iterable[Tensor]:
         if new in stacks:
-            return (one(name).t() for name in stacks[new])
+            return (one(name).t() if step < 0 else one(name) for name in stacks[new])
         found = read(names[new]) if new in names else base.towers[new].read()
         return one(names[new]).t() if new in turned else found
 

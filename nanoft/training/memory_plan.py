@@ -186,7 +186,7 @@ def estimate_memory(
     lookup = 0 if decoder.tied and not scored else table  # gathered for a moment only
     gathered = 2 * linears / decoder.num_layers + stored * (counts.others - head - lookup)  # this block, the next, rest
     # of all experts at once, as one matrix of gate and up where they are one
-    at_once = r.experts * (1 + (decoder.mlp == "interleaved")) if r and device_type == "cuda" else 1
+    at_once = r.experts * (1 + (decoder.mlp != "gated")) if r and device_type == "cuda" else 1
     unpacked = at_once * decoder.hidden_size * max(width for width, _ in widths) * e * (bits < 16)  # the largest weight
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
@@ -225,9 +225,11 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, laye
     """Bytes per token that a block keeps for backward; `e` is the size of a number, `rows` as in `mlp_widths`."""
     full, before, after = config.training.method == "full", NORMS[c.norms][::2], NORMS[c.norms][1::2]
     mixed, outputs, normed = kept_by_mixer(c, c.mixer(layer), full)
-    inner = (1 if c.mlp == "plain" else 2) * mlp_widths(c)[layer][0] * rows
-    kept = (1 if c.parallel else 2) * c.hidden_size + mixed + inner + counts.ranks
-    normed += c.hidden_size * sum(map(bool, after))
+    r, inner = c.routing, (1 if c.mlp == "plain" else 2) * mlp_widths(c)[layer][0] * rows
+    both = bool(r and r.beside_mlp)  # an MLP beside experts: its input, too, and two norms before (of x) and two after
+    inner += 2 * c.intermediate_size * both
+    kept = (1 if c.parallel else 2) * c.hidden_size + mixed + inner + counts.ranks + c.hidden_size * both
+    normed += c.hidden_size * (sum(map(bool, after)) + (4 if full or e < 4 else 2) * both)
     if full:  # normed inputs, silu(gate) and the product, too
         kept += 2 * c.hidden_size + inner
         normed += c.hidden_size * sum(map(bool, before))
@@ -236,7 +238,7 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, laye
     normed += (k * c.v_norm if own else -k * bool(c.qk_norm)) + (c.hidden_size + p) * bool(p)
     kept += (c.hidden_size + 4 * p) * bool(p)  # gate, gelu(gate), the token's own, their product, one more residual
     kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
-    if (r := c.routing) and r.layers[layer]:  # rows of experts, their outputs, the normed input, what the router says
+    if r and r.layers[layer]:  # rows of experts, their outputs, the normed input, what the router says
         kept += (rows + r.chosen + 4 / e) * c.hidden_size + (4 * r.experts + 32 * r.chosen) / e
     if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
         kept += outputs + inner + c.hidden_size

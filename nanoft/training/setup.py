@@ -347,7 +347,7 @@ def describe_parameters(model: Decoder) -> list[str]:
     """A line for each kind of module: its frozen and trained numbers, and their formats; nothing is left out."""
     found: dict[str, Counter[str]] = {}
     for name, module in model.named_modules():
-        place = name.removesuffix(".base").split(".")
+        place = name.removesuffix(".base").replace("router.proj", "router").split(".")
         own = found.setdefault(f"{'experts.' * ('experts' in place)}{place[-1]}", Counter())
         rank = f", rank {len(module.lora_A)}" if isinstance(module, LoRALinear) else ""
         for part, p in module.named_parameters(recurse=False):

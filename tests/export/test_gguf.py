@@ -82,6 +82,7 @@ GRAPHS = {
     for name, family in families.FAMILIES.items()
     if family.gguf is not None and name not in SIZES
 }
+GRAPHS["gemma4_text 2"] = {}  # with experts
 
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -100,7 +101,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if key not in kept:
             base = root / f"{case}-{wide}"
             if not base.exists() and case in GRAPHS:
-                make_family(case, base, **GRAPHS[case])
+                family, _, shape = case.partition(" ")
+                make_family(family, base, int(shape or 0), **GRAPHS[case])
             elif not base.exists():
                 make_chat_model(base, case, **(WIDE if wide else SIZES[case]))
             kept[key] = make_adapter(base, root / key, lora=lora, **note)
@@ -255,6 +257,19 @@ def test_values_that_float16_lacks_are_refused(made: Any, tmp_path: Path) -> Non
         opened.adapters["model.layers.0.mlp.up_proj"].lora_B.mul_(1e9)
     with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight has values that overflow float16: use --dtype bf16"):
         write((opened, chat), tmp_path / "model.gguf", "f16")
+
+
+def test_experts_beside_an_mlp_come_back_under_the_names_of_llama_cpp(made: Any, tmp_path: Path) -> None:
+    opened, _ = made("gemma4_text 2")
+    path = write(made("gemma4_text 2"), tmp_path / "model.gguf")
+    assert verify_gguf(opened, path, [IDS], "f32").holds
+    shapes = {name: tuple(map(int, tensor.shape)) for name, tensor in stored(path).items() if "blk.0.ffn_" in name}
+    experts = {"gate_up_exps.weight": (64, 128, 6), "down_exps.weight": (64, 64, 6), "down_exps.scale": (6,)}
+    router = {"gate_inp.weight": (64, 6), "gate_inp.scale": (64,), "norm.weight": (64,)}
+    dense = {"gate.weight": (64, 128), "up.weight": (64, 128), "down.weight": (128, 64)}
+    assert shapes == {f"blk.0.ffn_{name}": shape for name, shape in (experts | router | dense).items()}
+    known = facts(path)
+    assert [known[f"gemma4.expert_{name}"] for name in ("count", "used_count", "feed_forward_length")] == [6, 2, 64]
 
 
 # --- llama.cpp

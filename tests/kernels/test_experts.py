@@ -19,6 +19,7 @@ from nanoft.nf4 import quantize
 SIZES: dict[str, Any] = dict.fromkeys(("vocab_size", "num_layers", "num_heads", "num_kv_heads"), 1)
 SIZES |= {"hidden_size": 64, "intermediate_size": 0, "head_dim": 2, "norm_eps": 1e-6, "family": "", "tied": True}
 SWITCHES: list[dict[str, Any]] = [{}, {"mlp": "interleaved", "mlp_limit": 0.3, "mlp_bias": True}]
+SWITCHES += [{"mlp": "fused", "activation": "gelu_tanh"}]
 METHODS: list[dict[str, Any] | None] = [None, {}, {"init": "pissa", "rslora": True}, {"freeze_a": True, "rank": 8}]
 FORMS = [None, ("nf4", True), ("nf4", False), ("int8", True)]
 
@@ -71,7 +72,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("switches", SWITCHES, ids=["gated", "gpt-oss"])
+@pytest.mark.parametrize("switches", SWITCHES, ids=["gated", "gpt-oss", "fused"])
 @pytest.mark.usefixtures("everywhere")
 def test_outputs_and_gradients_are_those_of_the_loop(
     switches: dict[str, Any], method: Any, form: Any, monkeypatch: pytest.MonkeyPatch
@@ -102,7 +103,7 @@ class Demands(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", [None, ("nf4", True)], ids=str)
 @pytest.mark.parametrize(("method", "products"), [(None, 6), ({}, 24)], ids=str)
-@pytest.mark.parametrize("switches", SWITCHES, ids=["gated", "gpt-oss"])
+@pytest.mark.parametrize("switches", SWITCHES, ids=["gated", "gpt-oss", "fused"])
 @pytest.mark.usefixtures("everywhere")
 def test_a_gpu_takes_the_operands(switches: dict[str, Any], method: Any, products: int, form: Any) -> None:
     plain, fast = both(switches, method, form, torch.bfloat16)
@@ -123,7 +124,7 @@ def assert_as_close(found: tuple[torch.Tensor, ...], plain: Any) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("switches", SWITCHES, ids=["gated", "gpt-oss"])
+@pytest.mark.parametrize("switches", SWITCHES, ids=["gated", "gpt-oss", "fused"])
 def test_a_gpu_computes_the_same_without_a_wait(switches: dict[str, Any], method: Any, form: Any) -> None:
     plain, fast = both(switches, method, form, torch.bfloat16, "cuda")
     if not kernel.has_grouped_products(torch.device("cuda", 0), torch.bfloat16):

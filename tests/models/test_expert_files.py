@@ -11,12 +11,12 @@ import torch
 from adapters import CPU, make_adapter, randomize
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_families import make_family
+from tiny_families import WITH_EXPERTS, make_family
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import merge
-from nanoft import UserError
+from nanoft import UserError, kernels
 from nanoft.config import Config, LoRAConfig
 from nanoft.lora import inject_lora
 from nanoft.models.adapter_files import save_adapter
@@ -31,6 +31,8 @@ from nanoft.training.setup import describe_parameters
 
 IDS = torch.randint(3, 199, (2, 30), generator=torch.Generator().manual_seed(3))
 NF4 = ("nf4", True)
+ROUTER = {"gemma4_text": "router.proj"}  # its linear
+every_family = pytest.mark.parametrize("case", WITH_EXPERTS, ids=str)
 
 
 def as_mxfp4(base: Path) -> dict[str, torch.Tensor]:
@@ -125,10 +127,13 @@ def test_a_stack_of_another_size_is_refused_in_one_line(name: str, tmp_path: Pat
         ({"output_router_logits": True}, "output_router_logits: True is not supported: only False is"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step: 0 is not a number of layers"),
         ({"mlp_only_layers": 3}, "mlp_only_layers: 3 is not a list"),
+        ({"top_k_experts": 9}, "top_k_experts: 9 of 6 experts: choose fewer"),
+        ({"top_k_experts": "2"}, "top_k_experts: '2' is not a whole number"),
     ],
 )
 def test_fields_that_cannot_be_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    make_family("qwen3_moe", tmp_path)
+    name, shape = ("gemma4_text", 2) if "top_k_experts" in changes else ("qwen3_moe", 0)
+    make_family(name, tmp_path, shape)
     fields = json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(UserError, match=message):
         decoder_config({**fields, **changes})
@@ -137,14 +142,17 @@ def test_fields_that_cannot_be_are_refused(changes: dict[str, Any], message: str
 # --- adapters
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_targets_reach_experts_and_the_router_only_if_it_is_named(name: str, tmp_path: Path) -> None:
-    make_family(name, tmp_path)
-    kinds = {"gate_proj", "up_proj", "down_proj"} if name == "qwen3_moe" else {"gate_up_proj", "down_proj"}
+@every_family
+def test_targets_reach_experts_and_the_router_only_if_it_is_named(case: tuple[str, int], tmp_path: Path) -> None:
+    make_family(case[0], tmp_path, case[1])
+    kinds = {"gate_proj", "up_proj", "down_proj"} if case[0] != "gpt_oss" else {"gate_up_proj", "down_proj"}
+    kinds |= {"gate_up_proj"} if case[0] == "gemma4_text" else set()
     attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    router = ROUTER.get(case[0], "router")
     for targets, wanted in [
         (("all-linear",), kinds | attention), (("attention",), attention), (("mlp",), kinds),
-        (("attention", "router"), attention | {"router"}), ((r".*experts\.2\.down_proj",), {"down_proj"}),
+        (("attention", router), attention | {router.rpartition(".")[2]}),
+        ((r".*experts\.2\.down_proj",), {"down_proj"}),
     ]:  # fmt: skip
         model = load_model(tmp_path, CPU, torch.float32)
         adapters = inject_lora(model, LoRAConfig(rank=2, target_modules=targets), 0)
@@ -154,7 +162,7 @@ def test_targets_reach_experts_and_the_router_only_if_it_is_named(name: str, tmp
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@every_family
 @pytest.mark.parametrize(
     "settings",
     [
@@ -163,12 +171,14 @@ def test_targets_reach_experts_and_the_router_only_if_it_is_named(name: str, tmp
     ],
     ids=str,
 )
-def test_our_files_come_back(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    make_family(name, base := tmp_path / "base")
-    lora = LoRAConfig(**{"rank": 4, "alpha": 6.0, **settings})
+def test_our_files_come_back(case: tuple[str, int], settings: dict[str, Any], tmp_path: Path) -> None:
+    make_family(case[0], base := tmp_path / "base", case[1])
+    targets = tuple(ROUTER.get(case[0], name) if name == "router" else name for name in settings["target_modules"])
+    lora = LoRAConfig(**{"rank": 4, "alpha": 6.0, **settings, "target_modules": targets})
     model = load_model(base, CPU, torch.float32).eval()
     adapters: Any = inject_lora(model, lora, 0)
     randomize(adapters)
+    kernels.apply(model)  # as in what is opened
     save_adapter(tmp_path / "ours", model, adapters, lora, str(base), {})
     again = open_model(str(tmp_path / "ours"), CPU, torch.float32)
     assert again.adapters.keys() == adapters.keys()
@@ -177,11 +187,14 @@ def test_our_files_come_back(name: str, settings: dict[str, Any], tmp_path: Path
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@every_family
 @pytest.mark.parametrize("targets", [("all-linear", "router"), ("q_proj", "router"), ("down_proj",)], ids=str)
-def test_parameters_that_peft_adapts_go_there_and_come_back(name: str, targets: Any, tmp_path: Path) -> None:
+def test_parameters_that_peft_adapts_go_there_and_come_back(
+    case: tuple[str, int], targets: tuple[str, ...], tmp_path: Path
+) -> None:
     """Where no module has an adapter, PEFT writes an empty list of target_modules."""
-    make_family(name, base := tmp_path / "base")
+    make_family(case[0], base := tmp_path / "base", case[1])
+    targets = tuple(ROUTER.get(case[0], name) if name == "router" else name for name in targets)
     lora = LoRAConfig(rank=4, alpha=10.0, target_modules=targets)
     model = load_model(base, CPU, torch.float32).eval()
     adapters: Any = inject_lora(model, lora, 1)
@@ -240,6 +253,15 @@ def test_every_weight_is_named_with_its_form(tmp_path: Path) -> None:
     assert said["experts.up_proj"] == f"{3 * 6 * 64 * 64:,} frozen in nf4"
     assert said["q_proj"].endswith(f"trained in float32, rank 2; {3 * 64 * 64:,} frozen in nf4")
     assert said["router"] == f"{3 * 6 * 64:,} frozen in bfloat16"
+
+
+def test_experts_beside_an_mlp_are_named_with_its_weights(tmp_path: Path) -> None:
+    make_family("gemma4_text", tmp_path, 2)
+    model = load_model(tmp_path, CPU, torch.bfloat16, NF4)
+    said = dict(line.split(": ", 1) for line in describe_parameters(model))
+    assert said["experts.gate_up_proj"] == f"{3 * 6 * 128 * 64:,} frozen in nf4"
+    assert said["gate_proj"] == f"{3 * 128 * 64:,} frozen in nf4"
+    assert said["router"].startswith(f"{3 * (6 * 64 + 64 + 6):,} ")
 
 
 def test_a_token_costs_the_experts_that_it_meets(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from adapters import CPU, peft_model, peft_name, randomize
 from peft import PeftModel
 from tiers import rest_is_slow
-from tiny_families import CASES, FIRST, LONGROPE, NO_DROPOUT, SHAPES, make_family, split_experts
+from tiny_families import CASES, FIRST, LONGROPE, NO_DROPOUT, SHAPES, WITH_EXPERTS, make_family, split_experts
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -50,7 +50,6 @@ IDS = torch.randint(3, 199, (2, 90), generator=torch.Generator().manual_seed(3))
 LENGTHS = (30, 60, 12, 78)  # two rows; with windows of 8 to 16, and contexts of pre-training of 16 to 64
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS]).view(2, 90)
 DOCUMENTS = Documents(LENGTHS, torch.tensor((0, *LENGTHS), dtype=torch.int32).cumsum(0).int())
-HAS_EXPERTS = [name for name, shapes in SHAPES.items() if shapes[0].get("num_experts_per_tok")]
 LORA = LoRAConfig(rank=4, alpha=10.0, target_modules=("all-linear",))
 
 
@@ -99,7 +98,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
         return {name_in_peft(model.config, name): gradient for name, gradient in found.items()}
     turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     found = {name: gradient.t() if name in turned else gradient for name, gradient in found.items()}
-    return split_experts(found, interleaved=model.config.model_type == "gpt_oss")
+    return split_experts(found, model.config.model_type)
 
 
 def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -236,7 +235,7 @@ def test_a_step_with_adapters_is_that_of_peft(
     case: tuple[str, int], form: Any, saved: Saved, tmp_path: Path, differs: Differs
 ) -> None:
     base = saved(case)
-    if case[0] in HAS_EXPERTS:
+    if case in WITH_EXPERTS or case[0] == "qwen3_moe":
         pytest.skip("PEFT has stacked experts: a test of their own")
     if form:  # bitsandbytes takes wrong scales on a CPU for rows that are no multiple of 64 (tests/test_nf4.py)
         make_family(case[0], base := tmp_path / "base", case[1], head_dim=16, num_attention_heads=4)
@@ -267,12 +266,12 @@ experts_in_peft = pytest.mark.filterwarnings("ignore:The following:RuntimeWarnin
 
 @experts_in_peft
 @pytest.mark.parametrize("form", [None, ("nf4", True)], ids=["lora", "qlora"])
-@pytest.mark.parametrize("name", HAS_EXPERTS)
+@pytest.mark.parametrize("case", WITH_EXPERTS, ids=str)
 def test_a_step_with_adapters_of_experts_is_that_of_peft(
-    name: str, form: Any, saved: Saved, tmp_path: Path, differs: Differs
+    case: tuple[str, int], form: Any, saved: Saved, tmp_path: Path, differs: Differs
 ) -> None:
     """bitsandbytes leaves stacked experts in 16 bits: the reference has the weights that were packed here."""
-    base = saved((name, 0))
+    base = saved(case)
     model, adapters = adapted(base, True, form)
     save_adapter(tmp_path / "ours", model, adapters, LORA, str(base), {})
     reference_base = base

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import make_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from templates import STYLES, save
@@ -92,6 +93,10 @@ def make_wrapper(kind: str, directory: Path, **changes: Any) -> PreTrainedModel:
         stored = load_file(directory / "model.safetensors") | {"mtp.fc.weight": torch.randn(4, 8)}
         save_file(stored, directory / "model.safetensors", {"format": "pt"})
     return model
+
+
+EXPERTS = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 64}
+EXPERTS |= {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -344,3 +349,18 @@ def test_weights_quantized_otherwise_are_refused_before_they_are_read(method: st
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": method}}))
     with pytest.raises(UserError, match=r"only bitsandbytes and MXFP4 are supported: .* in FP8 its twin, with -BF16"):
         load_model(tmp_path, CPU, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")  # PEFT applies rank_pattern to parameters
+def test_experts_of_a_wrapper_go_to_peft_and_into_a_merged_model(tmp_path: Path) -> None:
+    model = make_wrapper("gemma4_text", tmp_path / "base", **EXPERTS)
+    before = theirs(model)
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter")
+    tuned = ours(open_model(str(adapter), CPU, torch.float32).model)
+    assert (tuned - before).abs().max() > 0.5
+    assert (theirs(PeftModel.from_pretrained(model, adapter).eval()) - tuned).abs().max() < 1e-4
+    assert merge.main([str(adapter), "--out", str(tmp_path / "out"), "--dtype", "f32"]) == 0
+    assert (theirs(opened_by_transformers(tmp_path / "out")) - tuned).abs().max() < 1e-4
+    assert {name: t.shape for name, t in load_file(tmp_path / "out" / "model.safetensors").items()} == {
+        name: t.shape for name, t in load_file(tmp_path / "base" / "model.safetensors").items()
+    }
