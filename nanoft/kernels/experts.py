@@ -27,6 +27,7 @@ from nanoft.nf4 import Frozen, unpack
 MULTIPLE = 32  # of the rows of an expert, on a CPU in 16 bits
 ALIGNED = 8  # numbers of 16 bits: what a grouped product needs its rows to be a multiple of
 grouped_mm: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public since PyTorch 2.10
+GPUS = (9, 10) if torch.__version__ >= "2.9" else (9,)  # compute capabilities with a kernel; PyTorch 2.8 refuses 10
 
 
 class FastMLP(MLP):
@@ -154,7 +155,7 @@ def together(tensors: Sequence[Tensor]) -> Tensor:
 @functools.cache
 def has_grouped_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether PyTorch has a kernel for them: of bfloat16, on Hopper and data-center Blackwell; elsewhere it loops."""
-    return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in GPUS
 
 
 def are_alike(linears: Sequence[Any]) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from nanoft import UserError
 from nanoft.config import Config, TrainingConfig
 from nanoft.config.fields import nearest
@@ -47,6 +49,9 @@ def validate_config(config: Config) -> None:
     if t.sharding == "full" and not OPTIMIZERS[t.optimizer].shardable:
         fix = "set training.optimizer=adamw (each of N processes holds an Nth of it) or training.sharding=none"
         raise UserError(f"training.optimizer: the state of {t.optimizer} cannot be sharded: {fix}")
+    if t.sharding == "full" and config.quantization.bits < 16 and torch.__version__ < "2.12":  # its FSDP2: no integers
+        fix = f"this is {torch.__version__}: install it, or set training.sharding=none"
+        raise UserError(f"training.sharding: full: of a quantized base needs PyTorch 2.12 or later, {fix}")
 
 
 def check_objective(config: Config) -> None:

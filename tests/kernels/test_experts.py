@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import grouped_products  # noqa: F401
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,7 +67,7 @@ def outputs(layer: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a CPU had a kernel for grouped products; PyTorch loops there."""
+    """As if a CPU had a kernel for grouped products; PyTorch, or before 2.9 `grouped_products`, loops there."""
     monkeypatch.setattr(kernel, "has_grouped_products", lambda device, dtype: True)
 
 

@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import grouped_products  # noqa: F401
 import pytest
 import torch
 from preferences import BEYOND_SFT, settings_of_run, write_pairs

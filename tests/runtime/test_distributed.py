@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -437,7 +438,7 @@ def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
     _, err = run(2, tmp_path / "run", older)
     assert codes(tmp_path / "run") == {0: 2, 1: 2}
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    here = torch.__version__
+    here = importlib.metadata.version("torch")
     assert lines == [f"error: torchrun: torch is 1.0 on rank 1 and {here} on rank 0: make them the same"]
     assert not (tmp_path / "run").exists()
 

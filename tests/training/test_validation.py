@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 import train
 from nanoft import UserError
@@ -48,6 +50,19 @@ def test_sharding_follows_the_table(name: str) -> None:
         validate_config(config)
     else:
         with pytest.raises(UserError, match=f"training.optimizer: the state of {name} cannot be sharded: set "):
+            validate_config(config)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_shards_of_integers_need_pytorch_2_12(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config().override({"training.sharding": "full", "quantization.bits": bits})
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.0+cpu"))
+    validate_config(config)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    if bits == 16:
+        validate_config(config)
+    else:
+        with pytest.raises(UserError, match=r"training.sharding: full: .* PyTorch 2.12 or later, this is 2.11.0: "):
             validate_config(config)
 
 
