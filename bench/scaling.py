@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from nanoft.config import Config
 from nanoft.models.families import decoder_config
-from nanoft.training.memory_plan import count_parameters, gflop_per_token
+from nanoft.training.memory_plan import count_parameters
+from nanoft.training.plan import gflop_per_token
 
 MISTRAL_7B = {
     "architectures": ["MistralForCausalLM"],

@@ -15,7 +15,8 @@ from nanoft.generation.decode import Decoding
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
 from nanoft.runtime.device import Machine
-from nanoft.training.memory_plan import Plan, Planner, block_bytes, count_parameters, gflop_per_token, host_bytes
+from nanoft.training.memory_plan import Plan, Planner, block_bytes, count_parameters, host_bytes
+from nanoft.training.plan import gflop_per_token
 from tiny_models import make_reference
 
 ROOT = Path(__file__).parent.parent

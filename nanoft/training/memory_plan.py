@@ -282,21 +282,6 @@ def choose_rows(peak_of: Callable[[int], float], step_rows: int, room: float) ->
     return fitting[-1]
 
 
-def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, length: int, again: float) -> float:
-    """Floating-point operations of a token in training, in 10^9, if half of the tokens are targets.
-
-    A product with n weights costs 2 n forward, 2 n for the gradient of its input, 2 n for its own if it is trained.
-    Causal attention: 2 q (length + 1) forward, 2.5 times that backward. `again` is the share of blocks computed twice.
-    """
-    sizes = [own.head_dim for layer, own in enumerate(decoder.by_layer) if decoder.mixer(layer) == "attention"]
-    attention = 2 * decoder.num_heads * sum(sizes) * (length + 1)
-    frozen = counts.active * (2 + 2 + 2 * again) + attention * (3.5 + again)
-    head = 0.5 * decoder.vocab_size * decoder.hidden_size
-    if config.training.method == "full":
-        return (frozen + 2 * counts.active + 6 * head) / 1e9
-    return (frozen + 6 * counts.trained * counts.active / counts.linears + 4 * head) / 1e9
-
-
 @dataclass(frozen=True)
 class Planner:
     """The memory of a config on a machine, from the shape of its model."""

@@ -21,12 +21,13 @@ from nanoft.data.dataset import build_datasets
 from nanoft.data.sources import HUB, find_files
 from nanoft.io.tables import for_terminal, wrap
 from nanoft.lora import inject_lora
+from nanoft.model import DecoderConfig
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
 from nanoft.objectives import OBJECTIVES
 from nanoft.optim import build_optimizer, check_optimizer
 from nanoft.runtime.device import Machine, set_threads
-from nanoft.training.memory_plan import Plan, Planner, describe_streaming, gflop_per_token, suggest_savings
+from nanoft.training.memory_plan import Counts, Plan, Planner, describe_streaming, suggest_savings
 from nanoft.training.setup import make_batches, plan_warnings
 
 ROWS_TRIED = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
@@ -52,6 +53,21 @@ def full_batch(planner: Planner) -> Batch:
     length = min(planner.config.model.max_seq_length, TRIED)
     ids = np.random.default_rng(0).integers(0, planner.decoder.vocab_size, length, dtype=np.int32)
     return collate(TokenDataset.of([Sample(ids, np.arange(length) >= length // 2, 0)]), [[0]], 0)
+
+
+def gflop_per_token(decoder: DecoderConfig, counts: Counts, config: Config, length: int, again: float) -> float:
+    """Floating-point operations of a token in training, in 10^9, if half of the tokens are targets.
+
+    A product with n weights costs 2 n forward, 2 n for the gradient of its input, 2 n for its own if it is trained.
+    Causal attention: 2 q (length + 1) forward, 2.5 times that backward. `again` is the share of blocks computed twice.
+    """
+    sizes = [own.head_dim for layer, own in enumerate(decoder.by_layer) if decoder.mixer(layer) == "attention"]
+    attention = 2 * decoder.num_heads * sum(sizes) * (length + 1)
+    frozen = counts.active * (2 + 2 + 2 * again) + attention * (3.5 + again)
+    head = 0.5 * decoder.vocab_size * decoder.hidden_size
+    if config.training.method == "full":
+        return (frozen + 2 * counts.active + 6 * head) / 1e9
+    return (frozen + 6 * counts.trained * counts.active / counts.linears + 4 * head) / 1e9
 
 
 def measure_speed(planner: Planner, files: ModelFiles, plan: Plan, batch: Batch) -> tuple[float, float]:

@@ -26,7 +26,8 @@ from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
 from nanoft.nf4 import Linear4bit
-from nanoft.training.memory_plan import count_parameters, gflop_per_token
+from nanoft.training.memory_plan import count_parameters
+from nanoft.training.plan import gflop_per_token
 from nanoft.training.setup import describe_parameters
 
 IDS = torch.randint(3, 199, (2, 30), generator=torch.Generator().manual_seed(3))

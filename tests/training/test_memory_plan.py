@@ -39,9 +39,9 @@ from nanoft.training.memory_plan import (
     decide_dequantize,
     estimate_memory,
     explained_out_of_memory,
-    gflop_per_token,
     suggest_savings,
 )
+from nanoft.training.plan import gflop_per_token
 from nanoft.training.state import optimizer_tensors
 from tiny_models import make_chat_model, make_reference, write_records
 
