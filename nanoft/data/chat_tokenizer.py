@@ -40,7 +40,16 @@ from nanoft import UserError
 from nanoft.batches import Array, Sample
 from nanoft.config import Config
 from nanoft.data import chat_template, tokenizer_files
-from nanoft.data.chat_template import AS_USED, DEFAULT_TEMPLATE, OPEN_THOUGHT, USER, ChatTemplate, Marked, parts_of
+from nanoft.data.chat_template import (
+    AS_USED,
+    DEFAULT_TEMPLATE,
+    OPEN_THOUGHT,
+    PLAIN,
+    USER,
+    ChatTemplate,
+    Marked,
+    parts_of,
+)
 from nanoft.data.chat_template import TemplateRefusal as TemplateRefusal
 from nanoft.data.control_tokens import ControlTokens
 from nanoft.data.formats import CONTROL, RESERVED, TRAINING_FIELDS, is_trained
@@ -308,8 +317,10 @@ class ChatTokenizer:
                     yield "tools"
         texts = [text, *(turn.text for turn in turns.values())]
         for index, message in enumerate(whole.messages):
-            parts = parts_of(message) if message["role"] != "assistant" or index in learned else []
             shown = [turns[index].targets()] if index in turns else texts
+            if message.keys() <= PLAIN and any(message.get("content", "").strip() in text for text in shown):
+                continue  # the usual case, which needs no placeholders
+            parts = parts_of(message) if message["role"] != "assistant" or index in learned else []
             for what, value, replaced in parts:
                 elsewhere = sum(other.count(value) for _, other, also in parts if also is not replaced)
                 is_shown = any(text.count(value) > elsewhere for text in shown)
