@@ -40,16 +40,7 @@ from nanoft import UserError
 from nanoft.batches import Array, Sample
 from nanoft.config import Config
 from nanoft.data import chat_template, tokenizer_files
-from nanoft.data.chat_template import (
-    AS_USED,
-    DEFAULT_TEMPLATE,
-    OPEN_THOUGHT,
-    PLAIN,
-    USER,
-    ChatTemplate,
-    Marked,
-    parts_of,
-)
+from nanoft.data.chat_template import AS_USED, DEFAULT_TEMPLATE, OPEN_THOUGHT, USER, ChatTemplate, Marked, parts_of
 from nanoft.data.chat_template import TemplateRefusal as TemplateRefusal
 from nanoft.data.control_tokens import ControlTokens
 from nanoft.data.formats import CONTROL, RESERVED, TRAINING_FIELDS, is_trained
@@ -318,7 +309,8 @@ class ChatTokenizer:
         texts = [text, *(turn.text for turn in turns.values())]
         for index, message in enumerate(whole.messages):
             shown = [turns[index].targets()] if index in turns else texts
-            if message.keys() <= PLAIN and any(message.get("content", "").strip() in text for text in shown):
+            said = message.get("content", "").strip()
+            if message.keys() <= chat_template.PLAIN and any(said in text for text in shown):
                 continue  # the usual case, which needs no placeholders
             parts = parts_of(message) if message["role"] != "assistant" or index in learned else []
             for what, value, replaced in parts:
@@ -382,7 +374,7 @@ class ChatTokenizer:
         for item, encoded in zip(batch, encodings, strict=True):
             ids = np.array(encoded.ids, dtype=np.int32)
             starts, ends, edges = self._places(item, encoded, ids)
-            at = np.searchsorted(ends, edges, side="right")  # the first token that ends after each edge
+            at = ends.searchsorted(edges, side="right")  # the first token that ends after each edge
             is_inside = starts[at] < edges  # that token begins before the edge
             if item.turns and is_inside[::2].any():
                 yield from map(self._sample_of_turn, itertools.repeat(item), item.spans, item.turns)
@@ -405,7 +397,7 @@ class ChatTokenizer:
         text, edges = item.text, np.array(item.spans, np.int64).reshape(-1)
         if self._widths is not None and BREAK not in text:
             starts = np.zeros(len(ids) + 1, np.int64)
-            self._widths[ids].cumsum(out=starts[1:])
+            self._widths[ids.astype(np.int64)].cumsum(out=starts[1:])
             if starts[-1] == (len(text) if text.isascii() else len(text.encode())):  # else characters are dropped
                 edges = edges if text.isascii() else np.array([len(text[:edge].encode()) for edge in edges])
                 return starts, starts[1:], edges

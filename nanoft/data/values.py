@@ -38,6 +38,8 @@ def as_json(value: Any, name: str) -> Any:
 
 def text_of(fields: dict[str, Any], name: str) -> str:
     value = fields[name]
+    if isinstance(value, str) and value.isascii():
+        return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return json.dumps(value)
     if not isinstance(value, str):
