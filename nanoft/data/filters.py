@@ -73,9 +73,7 @@ def repeats_itself(text: str) -> bool:
     text = " ".join(text.split())
     for start in range(0, len(text) - REPEATS, 64):
         end = text.find(text[start : start + 16], start + 1, start + LONGEST_PHRASE + 16)
-        if end < 0:
-            continue
-        words = WORD_BEGINS.findall(text, start, end)
+        words = WORD_BEGINS.findall(text, start, end) if end > 0 else []
         if words and text.startswith(text[start:end] * (REPEATS if len(words) > 1 else 3 * REPEATS), start):
             return True
     return False
