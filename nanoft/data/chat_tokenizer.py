@@ -29,7 +29,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,9 +77,6 @@ class _Conversation:
     def prompt(self, index: int) -> str:
         """The prompt to which message `index` is the answer."""
         return self.template.render(self.messages[:index], True, self.variables)[0]
-
-    def replaced(self, messages: list[Message]) -> _Conversation:
-        return _Conversation(self.template, messages, self.variables)
 
 
 class _Turn(NamedTuple):
@@ -324,8 +321,8 @@ class ChatTokenizer:
         before, after = whole.messages[:index], whole.messages[index + 1 :]
         with contextlib.suppress(TemplateRefusal):
             if index in turns:
-                return PLACEHOLDER in self._turn(whole.replaced([*before, replaced]), index).targets()
-            other = whole.replaced([*before, replaced, *after])
+                return PLACEHOLDER in self._turn(replace(whole, messages=[*before, replaced]), index).targets()
+            other = replace(whole, messages=[*before, replaced, *after])
             return any(PLACEHOLDER in text for text in (other.rendered[0], *map(other.prompt, turns)))
         return True
 

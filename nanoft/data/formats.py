@@ -174,8 +174,6 @@ def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
 
 def _content(value: Any, role: str = "") -> str:
     """The content as a text: of a list of parts, their texts; of a tool's result, JSON."""
-    if isinstance(value, str):
-        return text_of({"content": value}, "content")
     is_parts = isinstance(value, list) and all(isinstance(part, dict) for part in value)
     is_text = is_parts and value and all("text" in part for part in value)
     if role == "tool" and isinstance(value, (dict, list)) and not is_text:
