@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import os
@@ -82,6 +83,8 @@ class DatasetBuilder:
             signed += [PROMPT] if holds_out and data.near_leaks != "ignore" else []
             self.signatures = {name: stack.enter_context(open(self.directory / name, "wb")) for name in signed}
             size = sum(os.path.getsize(file) for _, file in self.files)
+            stack.callback(gc.set_threshold, *gc.get_threshold())
+            gc.set_threshold(100_000)  # records are freed without it
             with Bar(desc="tokenizing", total=size, unit="B") as self.bar:
                 for sample in self.tokenizer.encode(self._render()):
                     self._add_sample(sample)
@@ -235,7 +238,7 @@ class DatasetBuilder:
                 self._add_unit([piece], [[]], conversation)
             return
         messages, label = next(versions)
-        self.unit.append((replace(sample, label=label), messages))
+        self.unit.append((sample if label == sample.label else replace(sample, label=label), messages))
         if len(self.unit) == (2 if self.learns == "pairs" else 1):
             samples, contents = zip(*self.unit, strict=True)
             self.unit = []
@@ -243,7 +246,7 @@ class DatasetBuilder:
 
     def _add_unit(self, samples: list[Sample], versions: list[list[Message]], conversation: Conversation) -> None:
         """Write the samples of a unit, truncated if necessary, or record why they are lost."""
-        data, targets = self.data, [int(sample.is_target.sum()) for sample in samples]
+        data, targets = self.data, [int(np.count_nonzero(sample.is_target)) for sample in samples]
         fitted: list[Sample] | None = None
         if all(targets) and not _are_equal(samples):
             with contextlib.suppress(TemplateRefusal):  # the template needs what was removed
@@ -251,7 +254,7 @@ class DatasetBuilder:
                 fitted = fit(samples, versions, conversation, *limits)
         if fitted and _are_equal(fitted):
             fitted = None  # truncated before they differ
-        kept = [int(sample.is_target.sum()) for sample in fitted or []]
+        kept = [int(np.count_nonzero(sample.is_target)) for sample in fitted or []]
         self.target_tokens_lost += sum(targets) - sum(kept)
         shortest = min((len(sample.ids) for sample in fitted or []), default=0)
         if not all(targets):
@@ -271,11 +274,12 @@ class DatasetBuilder:
         else:
             self.near_equal += len(fitted) == 2 and filters.overlap(*fitted) >= NEAR_EQUAL
             for sample, whole, count in zip(fitted, samples, kept, strict=True):
-                if len(sample.ids) < len(whole.ids):
-                    self.truncated.append(len(self.record))
-                self.answers_cut += bool(sample.ids[sample.is_target][-1] != whole.ids[whole.is_target][-1])
+                if sample is not whole:
+                    if len(sample.ids) < len(whole.ids):
+                        self.truncated.append(len(self.record))
+                    self.answers_cut += bool(sample.ids[sample.is_target][-1] != whole.ids[whole.is_target][-1])
                 self.tokens.write(encode_targets(sample).tobytes())
-                self.is_used[sample.ids] = True
+                self.is_used[sample.ids.astype(np.int64)] = True  # int32 indices take ten times as long
                 self.starts.append(self.starts[-1] + len(sample.ids))
                 self.record.append(sample.record)
                 self.targets.append(count)

@@ -48,6 +48,7 @@ AS_USED = (
     "the chat template renders an answer differently from what follows the generation prompt: "
     "trained on the generation prompt, the raw answer and the end of turn"
 )
+PLAIN = {"role", "content"}  # the fields of a message without calls or a separate thought
 USER = "the user's text"
 WHAT = {"user": USER, "system": "the system message", "tool": "the result of a tool"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
@@ -159,7 +160,7 @@ class ChatTemplate:
     def verbatim_answers(self, message: Message) -> list[str]:
         """A plain answer in the two forms that templates write: unchanged, or trimmed."""
         content = message.get("content", "")
-        return [words for words in (content, content.strip()) if words and message.keys() <= {"role", "content"}]
+        return [words for words in (content, content.strip()) if words and message.keys() <= PLAIN]
 
     def _probe(self, following: list[Message]) -> tuple[str, str] | None:
         """The text between the prompt and an answer (empty if they do not fit together), and the text after it."""

@@ -29,7 +29,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,9 +77,6 @@ class _Conversation:
     def prompt(self, index: int) -> str:
         """The prompt to which message `index` is the answer."""
         return self.template.render(self.messages[:index], True, self.variables)[0]
-
-    def replaced(self, messages: list[Message]) -> _Conversation:
-        return _Conversation(self.template, messages, self.variables)
 
 
 class _Turn(NamedTuple):
@@ -308,8 +305,11 @@ class ChatTokenizer:
                     yield "tools"
         texts = [text, *(turn.text for turn in turns.values())]
         for index, message in enumerate(whole.messages):
-            parts = parts_of(message) if message["role"] != "assistant" or index in learned else []
             shown = [turns[index].targets()] if index in turns else texts
+            said = message.get("content", "").strip()
+            if message.keys() <= chat_template.PLAIN and any(said in text for text in shown):
+                continue  # the usual case, which needs no placeholders
+            parts = parts_of(message) if message["role"] != "assistant" or index in learned else []
             for what, value, replaced in parts:
                 elsewhere = sum(other.count(value) for _, other, also in parts if also is not replaced)
                 is_shown = any(text.count(value) > elsewhere for text in shown)
@@ -321,8 +321,8 @@ class ChatTokenizer:
         before, after = whole.messages[:index], whole.messages[index + 1 :]
         with contextlib.suppress(TemplateRefusal):
             if index in turns:
-                return PLACEHOLDER in self._turn(whole.replaced([*before, replaced]), index).targets()
-            other = whole.replaced([*before, replaced, *after])
+                return PLACEHOLDER in self._turn(replace(whole, messages=[*before, replaced]), index).targets()
+            other = replace(whole, messages=[*before, replaced, *after])
             return any(PLACEHOLDER in text for text in (other.rendered[0], *map(other.prompt, turns)))
         return True
 
@@ -371,7 +371,7 @@ class ChatTokenizer:
         for item, encoded in zip(batch, encodings, strict=True):
             ids = np.array(encoded.ids, dtype=np.int32)
             starts, ends, edges = self._places(item, encoded, ids)
-            at = np.searchsorted(ends, edges, side="right")  # the first token that ends after each edge
+            at = ends.searchsorted(edges, side="right")  # the first token that ends after each edge
             is_inside = starts[at] < edges  # that token begins before the edge
             if item.turns and is_inside[::2].any():
                 yield from map(self._sample_of_turn, itertools.repeat(item), item.spans, item.turns)
@@ -394,7 +394,7 @@ class ChatTokenizer:
         text, edges = item.text, np.array(item.spans, np.int64).reshape(-1)
         if self._widths is not None and BREAK not in text:
             starts = np.zeros(len(ids) + 1, np.int64)
-            self._widths[ids].cumsum(out=starts[1:])
+            self._widths[ids.astype(np.int64)].cumsum(out=starts[1:])
             if starts[-1] == (len(text) if text.isascii() else len(text.encode())):  # else characters are dropped
                 edges = edges if text.isascii() else np.array([len(text[:edge].encode()) for edge in edges])
                 return starts, starts[1:], edges

@@ -41,12 +41,13 @@ class ControlTokens:
 
     def escape(self, value: Any) -> Any:
         """Break up the control tokens in the texts of a message, however deep, unless they are parsed."""
-        if isinstance(value, dict):
+        if isinstance(value, str):
+            while len(value) >= self._shortest and self.find(value):
+                value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
+        elif isinstance(value, dict):
             return {self.escape(key): self.escape(part) for key, part in value.items()}
-        if isinstance(value, list):
+        elif isinstance(value, list):
             return [self.escape(part) for part in value]
-        while isinstance(value, str) and len(value) >= self._shortest and self.find(value):
-            value = self._breakable.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
         return value
 
     def find(self, text: str) -> str | None:

@@ -59,6 +59,7 @@ MALFORMED = "malformed"
 Learns = Literal["turns", "pairs", "labels", "prompts"]
 # Fields with the reference answer that rewards compare with; the first one present is used.
 REFERENCES = ("answer", "solution", "reference", "reference_answer", "ground_truth", "target")
+SORTED = json.JSONEncoder(sort_keys=True)  # made once, since making it takes as long as encoding a record
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # except white space (tab, newline, form feed, ...)
 
 
@@ -86,7 +87,7 @@ class Conversation:
     @functools.cached_property
     def content_hash(self) -> int:
         """Of text, messages and tools, 64 bits; 10^6 different records collide with a probability of 3 in 10^8."""
-        content = json.dumps([self.text, *self.versions, self.tools, self.label], sort_keys=True)
+        content = SORTED.encode([self.text, *self.versions, self.tools, self.label])
         return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
     def full_text(self, system: bool = True) -> str:
@@ -156,6 +157,8 @@ def _message(turn: Any, name: str, roles: Mapping[str, str]) -> Message:
 
 def _other_fields(turn: dict[str, Any]) -> dict[str, Any]:
     """The fields of a message besides its content; UNUSED lists the names of unknown ones."""
+    if turn.keys() <= {"role", "content"}:
+        return {}
     kept: dict[str, Any] = {}
     for name, standard in KEPT_FIELDS.items():
         if turn.get(name) is not None and kept.setdefault(standard, text_of(turn, name)) != text_of(turn, name):

@@ -22,6 +22,7 @@ from types import CodeType
 from typing import Any
 
 from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -59,10 +60,23 @@ class LimitExceeded(TemplateError):
     """The template exceeds a bound."""
 
 
+class _Generator(CodeGenerator):
+    """Makes the calls that _Tracked inserts without the sandbox's checks."""
+
+    def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
+        if isinstance(node.node, nodes.EnvironmentAttribute):
+            self.write("environment.track(")
+            self.visit(node.args[0], frame)
+            self.write(")")
+        else:
+            super().visit_Call(node, frame, forward_caller=forward_caller)
+
+
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """The environment that chat templates expect, with its helper functions: sandboxed, read-only and bounded."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
+    code_generator_class = _Generator
 
     def __init__(self, now: Callable[[], datetime]):  # the clock of strftime_now
         extensions = [_GenerationTag, loopcontrols]
@@ -94,8 +108,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return template.render(variables)
 
     def _begin(self, variables: dict[str, Any]) -> None:
-        self.limit = MAX_OUTPUT + 4 * sum(_size(value) for value in variables.values())
-        self.made, self.steps, self.deadline = 0, 0, float("inf")
+        self._variables, self.made, self.steps, self.deadline = variables, 0, 0, float("inf")
+
+    @property
+    def limit(self) -> int:  # characters; counted only if a template asks for more than MAX_OUTPUT
+        return MAX_OUTPUT + 4 * sum(map(_size, self._variables.values()))
 
     def track(self, value: Any = None) -> Any:
         """Count a step and the size of a value, for lists and objects that of their text."""
@@ -106,9 +123,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             if self.steps > MAX_STEPS or now > self.deadline:
                 raise LimitExceeded(f"it takes more than {MAX_STEPS:,} steps, or {MAX_SECONDS:g} seconds")
         if isinstance(value, (str, list, tuple, dict, Namespace)):
-            self.made += self._fits(_size(value, self.limit), 1)
+            self.made += self._measure(value)
             self._fits(self.made, MAX_MADE)
         return value
+
+    def _measure(self, value: Any) -> int:
+        """The size of a value; raises LimitExceeded."""
+        size = len(value) if isinstance(value, str) else _size(value, MAX_OUTPUT)
+        return self._fits(size if size <= MAX_OUTPUT else _size(value, self.limit), 1)
 
     def concat(self, pieces: Iterable[str]) -> str:  # (Jinja has "".join here)
         """Join the output of the template, a macro or a block."""
@@ -118,7 +140,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _fits(self, size: int, times: int) -> int:
         """Return the size; raise LimitExceeded if it is more than `times` the limit."""
-        if size > times * self.limit:
+        if size > times * MAX_OUTPUT and size > times * self.limit:
             raise LimitExceeded(f"it asks for more than {times * self.limit:,} characters")
         return size
 
@@ -138,8 +160,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(function, "__wrapped__", function)  # Jinja wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(function, "__name__", "")
-        if owner is self:
-            return function(*args)  # inserted by _Tracked
         for value in (*args, *kwargs.values()):
             self.track(value)
         if isinstance(owner, str):
@@ -160,7 +180,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             given = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, MACHINERY)]
             for arg in given:
                 if not isinstance(arg, str):
-                    self._fits(_size(arg, self.limit), 1)
+                    self._measure(arg)
             if given:
                 self._check_call(name, given[0], given[1:])
             return self.track(function(*args, **kwargs))

@@ -42,7 +42,7 @@ def text_of(fields: dict[str, Any], name: str) -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         raise BadRecord(f"{name}: {json.dumps(value, default=str):.60} is not a string")
-    if found := INVALID.search(value):
+    if not value.isascii() and (found := INVALID.search(value)):
         if "\ud800" <= found[0] <= "\udfff":
             raise BadRecord(f"{name}: contains a lone surrogate, or a byte that is not UTF-8: {NOT_UTF_8}")
         raise BadRecord(f"{name}: contains a reserved Unicode noncharacter (U+{ord(found[0]):04X})")

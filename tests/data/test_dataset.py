@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -88,6 +89,14 @@ def test_samples_are_those_of_the_tokenizer_in_the_order_of_the_file(chat: ChatT
     assert report["tokens"] == sum(len(s.ids) for s in expected)
     assert report["target_tokens"] == sum(int(s.is_target.sum()) for s in expected)
     assert report["length"]["p100"] == max(len(s.ids) for s in expected)
+
+
+def test_the_garbage_collector_works_as_before_after_a_build(chat: ChatTokenizer, tmp_path: Path) -> None:
+    before = gc.get_threshold()
+    build(chat, write(tmp_path / "good.jsonl", [pair("a")]))
+    with pytest.raises(UserError):
+        build(chat, write(tmp_path / "bad.jsonl", [pair("a"), "{"]))
+    assert gc.get_threshold() == before
 
 
 def test_conversations_come_back_from_their_files(chat: ChatTokenizer, tmp_path: Path) -> None:
