@@ -94,7 +94,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def release_pages() -> None:
-    """Drop what was read of mapped files from memory; tensors of `load_tensors` read it again, unless changed."""
+    """Drop what was read of mapped files from memory; tensors of `load_tensors` read it again: never change those."""
     for mapped in MAPPED:
         mapped.madvise(mmap.MADV_DONTNEED)
 
