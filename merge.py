@@ -58,7 +58,7 @@ from nanoft.export.merge import EXPORT_DTYPES, merge
 from nanoft.export.streaming import StreamedDecoder, open_rows, return_freed_memory
 from nanoft.io.atomic import new_directory, require_new, write_file, write_json
 from nanoft.io.tables import for_terminal
-from nanoft.models.adapter_files import adapter_tensors, fold_patterns, save_mlx
+from nanoft.models.adapter_files import fold_patterns, save_mlx
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel, TrainedAdapter, open_chat_tokenizer, use_cache_of
 from nanoft.runtime.device import quiet_libraries
@@ -118,7 +118,6 @@ def export_directory(args: argparse.Namespace) -> list[str]:
         has_score = opened.model.config.has_score
         if has_score and args.verify:
             raise UserError("--verify: compares perplexities, but a reward model has none: remove --verify")
-        adapter = replace(adapter, tensors=adapter_tensors(opened.adapters))  # one copy in memory
         if opened.step is not None:
             print(f"{source}: has no result yet: exporting its best checkpoint, after step {opened.step}")
         chat = open_chat_tokenizer(source, opened, as_trained=True)

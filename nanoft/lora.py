@@ -165,7 +165,7 @@ class DoRALinear(LoRALinear):
         if in_use and self.norm_kept is not None:
             return self.norm_kept
         with torch.no_grad():
-            a, b = self.factors()
+            a, b = (factor.float() for factor in self.factors())
             aw = matmul(self.base, a.to(dtype)).float().T  # (out, r)
             squares = self.squares + (self.scaling * b * (2 * aw + self.scaling * (b @ (a @ a.T)))).sum(1)
             norm = squares.clamp(min=SMALLEST).sqrt()
@@ -270,7 +270,21 @@ def top_singular_factors(weight: Tensor, rank: int, generator: torch.Generator) 
     return u[:, :rank] * root, root[:, None] * vt[:rank]
 
 
-def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adapter]:
+def make_lora(name: str, base: Any, lora: LoRAConfig, generator: torch.Generator) -> LoRALinear:
+    """The low-rank adapter of one linear or embedding; `lora` has its own rank and alpha."""
+    variant = variant_of(lora)
+    if isinstance(base, nn.Embedding):
+        if variant is not LoRALinear or lora.freeze_a:
+            raise UserError(f"lora.target_modules: {name}: embeddings take plain LoRA only: use lora.modules_to_save")
+        return LoRAEmbedding(base, lora, generator)  # type: ignore[arg-type]
+    most = min(base.in_features, base.out_features)
+    if variant.NEEDS_FULL_RANK and lora.rank > most:
+        raise UserError(f"lora.rank: {lora.rank}: {name} has only {most} singular values: set lora.rank={most}")
+    with gathered(base):  # if it is sharded already
+        return variant(base, lora, generator)
+
+
+def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int, make: Any = make_lora) -> dict[str, Adapter]:
     """Freeze the model and add adapters to the modules that the settings name; return them by module name.
 
     Raises a UserError for a target that matches nothing, a pattern that matches no adapter, or unsuitable settings.
@@ -295,26 +309,12 @@ def inject_lora(model: nn.Module, lora: LoRAConfig, seed: int) -> dict[str, Adap
     if {*settings, *copies} & {"lm_head", "model.embed_tokens"}:
         model.untie()  # type: ignore[operator]
     module = model.get_submodule
-    adapters: dict[str, Adapter] = {n: make_lora(n, module(n), own, generator) for n, own in settings.items()}
+    adapters: dict[str, Adapter] = {n: make(n, module(n), own, generator) for n, own in settings.items()}
     adapters |= {name: TrainedCopy(module(name), parts) for name, parts in copies.items()}
     adapters |= {name: TrainedRows(module(name), ids) for name, ids in rows.items()}
     for name, adapter in adapters.items():
         model.set_submodule(name, adapter)
     return adapters
-
-
-def make_lora(name: str, base: Any, lora: LoRAConfig, generator: torch.Generator) -> LoRALinear:
-    """The low-rank adapter of one linear or embedding; `lora` has its own rank and alpha."""
-    variant = variant_of(lora)
-    if isinstance(base, nn.Embedding):
-        if variant is not LoRALinear or lora.freeze_a:
-            raise UserError(f"lora.target_modules: {name}: embeddings take plain LoRA only: use lora.modules_to_save")
-        return LoRAEmbedding(base, lora, generator)  # type: ignore[arg-type]
-    most = min(base.in_features, base.out_features)
-    if variant.NEEDS_FULL_RANK and lora.rank > most:
-        raise UserError(f"lora.rank: {lora.rank}: {name} has only {most} singular values: set lora.rank={most}")
-    with gathered(base):  # if it is sharded already
-        return variant(base, lora, generator)
 
 
 def _settings_by_name(names: list[str], lora: LoRAConfig) -> dict[str, LoRAConfig]:

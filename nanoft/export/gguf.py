@@ -52,7 +52,8 @@ K_QUANTS = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # by llama.cpp: LLAMA_FTYPE
 GGUF_DTYPES = (*WRITTEN, *K_QUANTS)
 BLOCK = 32  # values of Q8_0, Q5_0 and Q4_0 with one scale
 MEASURED, LONGEST = 1024, 512  # tokens for the perplexity, if there are as many; most tokens of one sample
-Entry = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]  # name, shape, format (F32, Q8_0, ...), float32 values
+# Name, shape, format (F32, Q8_0, ...), float32 values, which are those of one expert after another for a stack.
+Entry = tuple[str, tuple[int, ...], str, Callable[[], Tensor | Iterator[Tensor]]]
 # Largest difference of a quantized model's logits, as a share of their standard deviation. A wrong order of rows
 # changes them by several standard deviations; quantization to four bits may change them by one.
 QUANTIZED_TOLERANCE = {"q8_0": 0.5}
@@ -80,9 +81,8 @@ def write_gguf(opened: LoadedModel, chat: ChatTokenizer, name: str, dtype: str, 
         merged = parameters[hf_name].detach().float() if parameters else weights.whole(hf_name)
         return to_llama_cpp(merged, hf_name, config).chunk(parts)[part]
 
-    def read_experts(hf_name: str, part: int, parts: int) -> Tensor:  # (experts, out, in)
-        every = stacked_name(hf_name)
-        return torch.stack([read(every.format(expert), part, parts) for expert in range(experts)])
+    def read_experts(hf_name: str, part: int, parts: int) -> Iterator[Tensor]:  # of a stack (experts, out, in)
+        return (read(stacked_name(hf_name).format(expert), part, parts) for expert in range(experts))
 
     new_names, entries, experts = tensor_names(config), list[Entry](), config.routing.experts if config.routing else 0
     for hf_name, (height, *inner) in shapes.items():
@@ -191,7 +191,9 @@ def _write(gguf: Any, writer: Any, entries: list[Entry], out: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, _, form, read in track(entries, f"writing {out.name}", "tensors"):
-            writer.write_tensor_data(_encode(gguf, name, read(), form))
+            found = read()
+            stack = [_encode(gguf, name, one, form) for one in ([found] if isinstance(found, Tensor) else found)]
+            writer.write_tensor_data(np.stack(stack) if stack[1:] else stack[0])
         writer.flush()
         os.fsync(writer.fout[0].fileno())
     finally:

@@ -30,7 +30,7 @@ from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.io import atomic
 from nanoft.io.bars import track
-from nanoft.io.tensor_files import encode_safetensors
+from nanoft.io.tensor_files import encode_safetensors, one_by_one
 from nanoft.io.untrusted import read_json, read_json_or_empty
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import hash_tensors, save_adapter, select_modules, sum_adapters, vocabulary_of
@@ -124,7 +124,7 @@ def choose_adapter(args: argparse.Namespace) -> tuple[TrainedAdapter, list[dict[
     """The adapter that the arguments of merge.py describe; and source, SHA-256 and weight of each term of the sum."""
     adapters = [read_trained_adapter(source, args.base_model) for source in args.sources]
     for adapter in adapters:  # adapters that are not merged are not verified later
-        if broken := next((name for name, tensor in adapter.tensors.items() if not tensor.isfinite().all()), None):
+        if broken := next((name for name, tensor in one_by_one(adapter.tensors) if not tensor.isfinite().all()), None):
             raise UserError(f"{adapter.place}: {broken} contains NaN or infinity: export an earlier checkpoint")
     factors, modules = parse_weights(args.weights, len(adapters)), args.only.split(",") if args.only else []
     hashes = [hash_tensors(adapter.tensors) for adapter in adapters]
@@ -203,7 +203,7 @@ def open_adapter(adapter: TrainedAdapter, onto: Onto) -> LoadedModel:
     """An adapter on its base, whose weights stay on disk; a UserError if it does not fit."""
     quantization = adapter.quantization if onto == "nf4" else None
     rows = open_rows(adapter.base, quantization, adapter.dtype, vocabulary_of(adapter.lora, adapter.tensors))
-    return attach_adapter(adapter, StreamedDecoder(rows))
+    return attach_adapter(adapter, StreamedDecoder(rows), views=True)
 
 
 def save_result(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nanoft import UserError
 from nanoft.attention import soft_cap
 from nanoft.blocks.trained import Adapter
+from nanoft.io.tensor_files import release_pages
 from nanoft.model import Decoder, DecoderConfig
 from nanoft.models.model_files import ModelFiles, Quantization, is_block_linear
 from nanoft.models.weights import WeightFiles, is_finite, open_weights
@@ -51,6 +52,7 @@ class Rows:
         step = max(1, SLAB // math.prod(inner) // self.multiple) * self.multiple
         for start in range(0, total, step):
             yield self.read(name, slice(start, min(start + step, total)))
+        release_pages()  # of the adapter
 
     def whole(self, name: str) -> Tensor:
         """A complete weight, in float32."""

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,8 +32,12 @@ SAFETENSORS_DTYPES = {  # dtypes that are written
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+READ_DTYPES = {form: dtype for dtype, form in SAFETENSORS_DTYPES.items()} | {
+    "I8": torch.int8, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> tensors by name
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
+MAPPED = WeakSet[mmap.mmap]()  # files of which there are views
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,32 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, as views of it."""
-    headers = read_header(path)
-    with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in headers}
+    """All tensors of a file, as views of it, which is read where they are used; see `release_pages`."""
+    headers, tensors = read_header(path), dict[str, Tensor]()
+    with open_safetensors(path), open(path, "rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    MAPPED.add(mapped)
+    end = 8 + int.from_bytes(mapped[:8], "little")
+    for name, header in headers.items():  # in the order of their bytes
+        if (dtype := READ_DTYPES.get(header.form)) is None:
+            raise UserError(f"{path}: {name}: {header.form} is not supported: save it in float32")
+        count = math.prod(header.shape)
+        flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=end) if count else torch.empty(0, dtype=dtype)
+        tensors[name], end = flat.view(header.shape), end + flat.nbytes
+    return tensors
+
+
+def release_pages() -> None:
+    """Drop what was read of mapped files from memory; tensors of `load_tensors` read it again: never change those."""
+    for mapped in MAPPED:
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def one_by_one(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors; the pages of one are dropped before the next."""
+    for item in tensors.items():
+        yield item
+        release_pages()
 
 
 @contextmanager
@@ -108,6 +136,7 @@ def encode_safetensors(specs: Specs, read: Callable[[str], Tensor | Iterable[Ten
         for part in [found] if isinstance(found, Tensor) else found:
             host = part.detach().cpu().contiguous()
             yield memoryview(host.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        release_pages()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from nanoft.blocks.trained import Adapter, TrainedRows, is_inside
 from nanoft.config import LoRAConfig
 from nanoft.config.settings import check_expressions
 from nanoft.data.tokenizer_files import MAX_ID
-from nanoft.io.atomic import write_json
-from nanoft.io.tensor_files import load_tensors, write_tensors
+from nanoft.io.atomic import write_file, write_json
+from nanoft.io.tensor_files import encode_safetensors, load_tensors, one_by_one, write_tensors
 from nanoft.io.untrusted import read_json, time_limit
 from nanoft.lora import (
     MATCHING_SECONDS,
@@ -36,6 +36,7 @@ from nanoft.lora import (
     LoRALinear,
     by_pattern,
     linears_of,
+    make_lora,
     matches_target,
     variant_of,
     weight_of,
@@ -101,16 +102,33 @@ def as_plain_lora(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
     return replace(lora, init="default", rank=rank, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas), plain
 
 
+def make_views(tensors: Mapping[str, Tensor]) -> Callable[..., LoRALinear]:
+    """A `make_lora` whose A and B are these tensors, if they fit: they may stay in their file, in its dtype."""
+
+    def make(name: str, *settings: Any) -> LoRALinear:
+        adapter = make_lora(name, *settings)
+        for part, file_part in zip(LoRALinear.FACTORS, (A, B), strict=True):
+            factor, stored = getattr(adapter, part), tensors.get(f"{PEFT_PREFIX}{name}.{file_part}")
+            if stored is not None and stored.shape == factor.shape and stored.is_floating_point():
+                factor.data = stored
+        return adapter
+
+    return make
+
+
 @torch.no_grad()
 def load_adapter_tensors(adapters: dict[str, Adapter], tensors: dict[str, Tensor], source: str) -> None:
     """Copy tensors with PEFT's names into the adapters; a UserError names the first that does not fit."""
+    own = adapter_tensors(adapters)
+    views = {name for name, tensor in own.items() if name in tensors and tensor.is_set_to(tensors[name])}
+    own, tensors = ({name: t for name, t in some.items() if name not in views} for some in (own, tensors))
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     for name, adapter in adapters.items():  # PEFT may store the base's weight with an adapter of the embedding
         stored = tensors.pop(f"{PEFT_PREFIX}{name}.base_layer.weight", None)
         if stored is not None and not torch.equal(stored, weight_of(adapter.base).to(stored)):
             fix = "merge it with PEFT (merge_and_unload) and use the result as a model"
             raise UserError(f"{source}: {name}.base_layer.weight differs from the base: {fix}")
-    copy_matching(adapter_tensors(adapters), tensors, source, "is it the right base?")
+    copy_matching(own, tensors, source, "is it the right base?")
     for adapter in adapters.values():
         adapter.train(adapter.training)  # drops cached norms
 
@@ -139,7 +157,10 @@ def save_adapter(
     plain, tensors = as_plain_lora(lora, adapter_tensors(adapters))
     family, stored = FAMILIES[model.config.family], {name_in_peft(model.config, name): t for name, t in tensors.items()}
     own_names = model.config.wrapped or family.names or family.stacked
-    write_tensors(directory / "adapter_model.safetensors", stack_adapter(stored) if family.stacked else stored)
+    stored = stack_adapter(stored) if family.stacked else stored
+    specs = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in stored.items()}
+    encoded = encode_safetensors(specs, lambda name: stored[name].float())
+    write_file(directory / "adapter_model.safetensors", encoded)
 
     def rename(module: str) -> str:
         name = name_in_peft(model.config, module)
@@ -238,9 +259,9 @@ def fold_patterns(lora: LoRAConfig, tensors: dict[str, Tensor]) -> tuple[LoRACon
     for name, tensor in tensors.items():
         module, part = _split(name)
         if FACTOR_A.search(name):
-            folded[name] = F.pad(tensor, (0, 0, 0, rank - len(tensor)))
+            folded[name] = F.pad(tensor.float(), (0, 0, 0, rank - len(tensor)))
         elif part.startswith("lora_") and "_B" in part:
-            folded[name] = F.pad(tensor * (_scaling(lora, module) / scale), (0, rank - ranks[module]))
+            folded[name] = F.pad(tensor.float() * (_scaling(lora, module) / scale), (0, rank - ranks[module]))
     return replace(lora, rank=rank, alpha=scale * rank, rank_pattern={}, alpha_pattern={}, rslora=False), folded
 
 
@@ -294,9 +315,9 @@ def _with_ranks(lora: LoRAConfig, ranks: dict[str, int], alphas: dict[str, float
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of names and values, independent of the file format."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name, tensor in one_by_one(dict(sorted(tensors.items()))):
         digest.update(name.encode() + b"\0")
-        digest.update(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanoft import UserError
-from nanoft.io.tensor_files import TensorHeader
+from nanoft.io.tensor_files import TensorHeader, one_by_one
 from nanoft.lora import by_pattern
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -95,7 +95,7 @@ def unstack_adapter(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> di
         if type(rank) is not int or rank < 1 or tensor.dim() != 2 or tensor.shape[factor == "B"] % rank:
             raise UserError(f"{name}: {tuple(tensor.shape)} is no stack of experts of rank {rank!r:.20}")
         own = tensor.unflatten(0, (-1, rank)) if factor == "A" else tensor.unflatten(1, (rank, -1)).permute(2, 0, 1)
-        found |= {f"{place}.{e}.{part}.lora_{factor}.weight": one.contiguous() for e, one in enumerate(own)}
+        found |= {f"{place}.{e}.{part}.lora_{factor}.weight": one for e, one in enumerate(own)}
     return found
 
 
@@ -106,14 +106,14 @@ def split_gate_up(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     pairs = {name: name.replace("lora_A", "lora_B") for name in tensors if f".{GATE_UP}.lora_A" in name}
     rest = {name: tensor for name, tensor in tensors.items() if name not in {*pairs, *pairs.values()}}
-    for name, other in pairs.items():
-        a, b = tensors[name], tensors[other]
+    for name, a in one_by_one({name: tensors[name] for name in pairs}):
+        other, b = pairs[name], tensors[pairs[name]]
         (first, last), half = b.chunk(2), len(a) // 2
         is_apart = len(a) % 2 == 0 and not first[:, half:].any() and not last[:, :half].any()
         ranks = (slice(half), slice(half, None)) if is_apart else (slice(None), slice(None))
         for part, own, rank in zip(("gate_proj", "up_proj"), (first, last), ranks, strict=True):
-            rest[name.replace(GATE_UP, part)] = a[rank].contiguous()
-            rest[other.replace(GATE_UP, part)] = own[:, rank].contiguous()
+            rest[name.replace(GATE_UP, part)] = a[rank]
+            rest[other.replace(GATE_UP, part)] = own[:, rank]
     return rest
 
 

@@ -27,13 +27,14 @@ from nanoft.data.tokenizer_files import TEMPLATE_FILE
 from nanoft.io.hub import use_cache
 from nanoft.io.tensor_files import load_tensors
 from nanoft.io.untrusted import read_json
-from nanoft.lora import inject_lora
+from nanoft.lora import inject_lora, make_lora
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import (
     NOTE,
     as_plain_lora,
     fit_experts,
     load_adapter_tensors,
+    make_views,
     read_adapter,
     vocabulary_of,
 )
@@ -228,13 +229,14 @@ def _read_adapter_directory(path: Path, other_base: str | None) -> TrainedAdapte
     return TrainedAdapter(path, base, base_name, tokenizer, lora, tensors, quantization, trained_in, base_sha256)
 
 
-def attach_adapter(adapter: TrainedAdapter, model: Decoder) -> LoadedModel:
-    """Add an adapter to a model, in place; a UserError if it does not match."""
+def attach_adapter(adapter: TrainedAdapter, model: Decoder, views: bool = False) -> LoadedModel:
+    """Add an adapter to a model, in place; a UserError if it does not match; `views`: its A and B, not copies."""
     try:
         grow_vocabulary(model, vocabulary_of(adapter.lora, adapter.tensors))
         if "score" in adapter.lora.modules_to_save:
             add_score(model)
-        adapters = inject_lora(model, adapter.lora, seed=0)
+        make = make_views(adapter.tensors) if views else make_lora
+        adapters = inject_lora(model, adapter.lora, 0, make)
     except UserError as error:
         raise UserError(f"{adapter.place}: {error}") from None
     load_adapter_tensors(adapters, adapter.tensors, str(adapter.place))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,17 +15,18 @@ from typing import Any
 import pytest
 import torch
 from adapters import MERGE_VARIANTS, PLAIN, make_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
 from nanoft import UserError
 from nanoft.config import LoRAConfig
 from nanoft.export import streaming
-from nanoft.export.merge import open_adapter
+from nanoft.export.merge import open_adapter, write_peft
 from nanoft.export.streaming import StreamedDecoder, Weights, open_rows
 from nanoft.export.verify import hidden_states
 from nanoft.generation.generate import generate
+from nanoft.models.adapter_files import adapter_tensors, hash_tensors
 from nanoft.models.families import FAMILIES
 from nanoft.models.open import open_model, read_trained_adapter
 from nanoft.models.weights import load_model
@@ -99,6 +101,54 @@ def test_an_adapter_on_it_does_what_it_does_in_memory(variant: str, quantization
         assert (tuned[onto] - logits(whole.model)).abs().max() < 1e-4
         assert (streamed.quantization, streamed.dtype) == (whole.quantization, whole.dtype)
     assert torch.equal(tuned["nf4"], tuned["original"]) == (quantization is None)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", [*MERGE_VARIANTS, "plain"])
+def test_an_adapter_in_16_bits_does_what_its_copy_in_32_bits_does(
+    variant: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    make_chat_model(tmp_path / "base", "llama-bias")
+    lora = replace(PLAIN, rank=4, **MERGE_VARIANTS.get(variant, {}))
+    path = make_adapter(tmp_path / "base", tmp_path / "adapter", lora=lora) / "adapter_model.safetensors"
+    save_file({name: tensor.to(stored) for name, tensor in load_file(path).items()}, path)
+    streamed = open_adapter(read_trained_adapter(str(tmp_path / "adapter")), "original")
+    whole = open_model(str(tmp_path / "adapter"), CPU, torch.float32)
+    assert (logits(streamed.model) - logits(whole.model)).abs().max() < 1e-4
+    weights = replace(open_rows(tmp_path / "base"), adapters=streamed.adapters)
+    copied = replace(weights, adapters=whole.adapters)
+    assert all((weights.whole(name) - copied.whole(name)).abs().max() < 1e-6 for name in weights.shapes)
+    write_peft(tmp_path, streamed, read_trained_adapter(str(tmp_path / "adapter")))
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+    assert all(torch.equal(tensor.float(), written[name]) for name, tensor in load_file(path).items())
+
+
+def pages_of(path: Path) -> int:
+    """The resident memory, in kB, of what this process has mapped of a file."""
+    places = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    return sum(int(re.search(r"Rss: +(\d+)", place)[1]) for place in places if str(path) in place)  # type: ignore[index]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="mapped pages are counted by /proc")
+def test_factors_stay_in_their_file(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "base", "llama-bias")
+    path = make_adapter(tmp_path / "base", tmp_path / "adapter") / "adapter_model.safetensors"
+    adapter = read_trained_adapter(str(tmp_path / "adapter"))
+    opened = open_adapter(adapter, "original")
+    own = adapter_tensors(opened.adapters)
+    assert own
+    assert all(own[name].is_set_to(tensor) for name, tensor in adapter.tensors.items())
+    assert not pages_of(path)
+    for tensor in own.values():
+        tensor.sum()
+    assert pages_of(path)
+    weights = replace(open_rows(tmp_path / "base"), adapters=opened.adapters)
+    for work in (lambda: logits(opened.model), lambda: hash_tensors(own), lambda: [*weights.rows("lm_head.weight")]):
+        for tensor in own.values():
+            tensor.sum()
+        work()
+        assert not pages_of(path)
 
 
 @pytest.mark.parametrize("variant", [*MERGE_VARIANTS, "plain"])
