@@ -1,7 +1,7 @@
 """A machine without a GPU: Qwen2.5-0.5B-Instruct with LoRA in float32, 1024 tokens.
 
 For whoever has a laptop, patience, and data for one narrow task. Planned, not measured: 5.3 GB beyond Python and
-PyTorch, 2.9 GB with every block recomputed, 1.91 GFLOP per token; `--plan` measures the speed here. Change first:
+PyTorch, 2.9 GB with checkpointing=full, 1.91 GFLOP per token; `--plan` measures the speed here. Change first:
 `data.train_file`; `model.max_seq_length=512`; `training.max_steps`.
 """
 

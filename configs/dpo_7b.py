@@ -1,7 +1,7 @@
 """DPO of Mistral-7B-Instruct-v0.3 with LoRA on one GPU with 80 GB: pairs of answers, in the usual settings.
 
 For whoever has pairs of better and worse answers. The reference is the model itself with the adapter switched off, so
-that there is one copy of the weights. Planned, not measured: 41.6 GB, 19.8 GB with every block recomputed, 30.3 GFLOP
+that there is one copy of the weights. Planned, not measured: 41.6 GB, 19.8 GB with checkpointing=full, 30.3 GFLOP
 per token. Change first: `data.train_file`; `lora.start_from` if the answers to compare come from an adapter of yours;
 `preference.beta` and `training.learning_rate` (docs/preference.md); `training.objective=kto` for single answers.
 """

@@ -2,7 +2,7 @@
 
 For whoever can check answers but has none to show. Records need a question and an answer, such as those of GSM8K
 ({"question", "answer"}: the number after `####` counts), or a prompt and whatever your own reward reads. Planned, not
-measured: 68.0 GB, 24.4 GB with every block recomputed, 29.4 GFLOP per token. Change first: `data.train_file`;
+measured: 68.0 GB, 24.4 GB with checkpointing=full, 29.4 GFLOP per token. Change first: `data.train_file`;
 `rl.reward` (docs/rewards.md); `rl.max_new_tokens`, the longest answer; `lora.start_from` if the policy is an adapter of
 yours; `training.micro_batch_size` down if memory runs out.
 """

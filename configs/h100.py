@@ -1,7 +1,7 @@
 """One H100 or A100 with 80 GB: Mistral-7B-Instruct-v0.3 with QLoRA, in the usual settings; other configs build on it.
 
 For whoever rents a large GPU and wants a first result to compare others with. Planned, not measured: 68.0 GB, 24.4 GB
-with every block recomputed (10 GB of it because the base is dequantized once: `quantization.dequantize`), 32.2 GFLOP
+with checkpointing=full (10 GB of it because the base is dequantized once: `quantization.dequantize`), 32.2 GFLOP
 per token. Change first: `data.train_file`; `quantization.bits=16` (configs/gpu_80gb.py), which fits too;
 `data.packing=true` for short samples. configs/experiments/ has variations.
 """
@@ -20,7 +20,7 @@ config = c.Config(
     training=c.TrainingConfig(
         micro_batch_size=4,
         gradient_accumulation_steps=4,
-        # auto: nothing is recomputed, because all activations fit; full: every block, for 50 % more work
+        # auto: nothing is recomputed, because all activations fit; full: all blocks but the last, for 50 % more work
         checkpointing="auto",
         num_epochs=3,
         optimizer="adamw_paged",

@@ -1,7 +1,7 @@
 """A Mac with an M-series chip and 16 GB: Phi-4-mini-instruct with QLoRA on Metal, 2048 tokens.
 
 For whoever trains a small model on a laptop. macOS gives the GPU about 11.5 of the 16 GB. Planned, not measured: 8.3 GB
-with as few blocks recomputed as needed, 4.3 GB with every block recomputed, 15.7 GFLOP per token. Change first:
+with as few blocks recomputed as needed, 4.3 GB with checkpointing=full, 15.7 GFLOP per token. Change first:
 `data.train_file`; docs/metal.md says what to try next.
 """
 

@@ -122,8 +122,10 @@ class _TokenNLL(torch.autograd.Function):
         want_hidden, want_head = ctx.needs_input_grad[:2]
         nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if want_hidden and not want_head else None
-        weight = head.to(hidden.dtype)  # under autocast, the head is float32 but the hidden states are not
-        for chunk, logits in _chunks(hidden, weight):
+        device, dtype = hidden.device.type, hidden.dtype  # autocast casts no product with a given result
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        weight = head.to(dtype)
+        for chunk, logits in _chunks(hidden.to(dtype), weight):
             nll[chunk] = _nll_and_gradient(logits, targets[chunk], *settings)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])

@@ -111,3 +111,15 @@ def test_a_target_whose_probability_is_no_float32_any_more_has_a_finite_loss() -
 @pytest.mark.parametrize(("vocab", "device", "rows"), [(32768, "cpu", 256), (32768, "cuda", 1024), (10**6, "cpu", 16)])
 def test_chunks_hold_so_many_bytes_and_never_too_few_rows(vocab: int, device: str, rows: int) -> None:
     assert loss.chunk_rows(vocab, torch.device(device)) == rows
+
+
+def test_under_autocast_the_logits_have_its_dtype() -> None:
+    """Full-parameter training: hidden states and head are float32, and the products bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(size, 32, generator=generator) for size in (40, 64))
+    targets = torch.randint(0, 64, (40,), generator=generator)
+    logits = hidden.bfloat16() @ head.bfloat16().T
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_nll(hidden, head.requires_grad_(), targets)
+    assert torch.allclose(found, F.cross_entropy(logits.float(), targets, reduction="none"), atol=1e-5)
+    assert not torch.allclose(found, F.cross_entropy(hidden @ head.detach().T, targets, reduction="none"), atol=1e-5)

@@ -1,7 +1,7 @@
 """configs/h100.py for 20 steps on 500 records: does everything work, before a run takes hours?
 
 For whoever has new data or a new machine. It has every part of a run: preflight, steps, evaluation, checkpoint,
-report. Planned, not measured: 68.0 GB, 24.4 GB with every block recomputed, as in h100.py; 32.2 GFLOP per token. Change
+report. Planned, not measured: 68.0 GB, 24.4 GB with checkpointing=full, as in h100.py; 32.2 GFLOP per token. Change
 first: nothing; when it has passed, run configs/h100.py.
 """
 

@@ -332,7 +332,7 @@ class Config:
         _refuse(host and sharded, f"{fix} training.sharding=full: remove one of them")
         _refuse(host and t.compile, f"{fix} training.compile: set that to false")
         keeps = host and again in ("none", "every_k")
-        _refuse(keeps, f"training.checkpointing: {again}: model.base_device=host recomputes all blocks: set it to full")
+        _refuse(keeps, f"training.checkpointing: {again}: model.base_device=host recomputes blocks: set it to full")
         per_module = sharded and self.logging.gradient_steps
         _refuse(per_module, "logging.gradient_steps: not supported with training.sharding=full: set it to 0")
         idle = t.early_stopping_patience and not t.eval_steps

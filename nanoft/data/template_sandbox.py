@@ -109,8 +109,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _begin(self, variables: dict[str, Any]) -> None:
         self._variables, self.made, self.steps, self.deadline = variables, 0, 0, float("inf")
+        self.__dict__.pop("limit", None)
 
-    @property
+    @functools.cached_property
     def limit(self) -> int:  # characters; counted only if a template asks for more than MAX_OUTPUT
         return MAX_OUTPUT + 4 * sum(map(_size, self._variables.values()))
 

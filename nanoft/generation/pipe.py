@@ -41,8 +41,9 @@ class LineReader:
         """(line number, the record to write back, the ids of its prompt, the token limit of its answer)."""
         try:
             record = _record(line) if self.as_json else {"prompt": line.decode().strip()}
-            shape = "messages" if "messages" in record else "prompt"
-            read = convert(record, shape, None, "stdin", number, DataConfig(), "prompts")
+            said = record.get("messages") or record["prompt"]
+            asked = [{"role": "user", "content": said}] if isinstance(said, str) else said  # a text is never parsed
+            read = convert({**record, "messages": asked}, "messages", None, "stdin", number, DataConfig(), "prompts")
             messages, tools = read.messages[: read.answer_at], read.tools
             if self.system and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self.system}, *messages]

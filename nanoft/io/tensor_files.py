@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ READ_DTYPES = {form: dtype for dtype, form in SAFETENSORS_DTYPES.items()} | {
 }  # fmt: skip
 Tensors = dict[str, dict[str, Tensor]]  # file name without suffix -> tensors by name
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
-MAPPED = WeakSet[mmap.mmap]()  # files of which there are views
+MAPPED, MAPPING = WeakSet[mmap.mmap](), threading.Lock()  # files of which there are views
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     headers, tensors = read_header(path), dict[str, Tensor]()
     with open_safetensors(path), open(path, "rb") as stream:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    MAPPED.add(mapped)
+    with MAPPING:
+        MAPPED.add(mapped)
     end = 8 + int.from_bytes(mapped[:8], "little")
     for name, header in headers.items():  # in the order of their bytes
         if (dtype := READ_DTYPES.get(header.form)) is None:
@@ -95,8 +97,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def release_pages() -> None:
     """Drop what was read of mapped files from memory; tensors of `load_tensors` read it again: never change those."""
-    for mapped in MAPPED:
-        mapped.madvise(mmap.MADV_DONTNEED)
+    with MAPPING:  # checkpoints are written in another thread
+        for mapped in MAPPED:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def one_by_one(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -214,7 +214,8 @@ def pair_figures(policy: Answers, chosen: Tensor, rejected: Tensor) -> Figures:
 def add(sums: dict[str, Tensor], figures: Figures) -> None:
     """Accumulate the sum of each figure, and the number of its values."""
     for name, values in figures.items():
-        found = torch.stack([values.detach().float().sum(), torch.tensor(float(len(values)), device=values.device)])
+        total = values.detach().float().sum()
+        found = torch.stack([total, torch.full_like(total, len(values))])  # filled on the device, without a wait
         sums[name] = sums[name] + found if name in sums else found
 
 

@@ -159,7 +159,7 @@ def show_plan(config: Config) -> int:
             say("speed", f"not measured: {error}")
     fitting = [rows for rows in ROWS_TRIED if planner.plan(rows * unit, length, planner.keep_by("full")).peak <= room]
     most = f"{fitting[-1]} and more" if fitting == ROWS_TRIED else f"at most {max(fitting, default=0)}"
-    say("micro-batch", f"{most} sequences of {length} tokens fit, with every block recomputed")
+    say("micro-batch", f"{most} sequences of {length} tokens fit, with training.checkpointing=full")
     for warning in plan_warnings(planner, files, length, None):
         print(for_terminal(f"warning: {warning}"))
     if plan.peak > room:

@@ -100,7 +100,8 @@ def validate_if_due(ctx: TrainContext, state: TrainState) -> None:
     state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
-    warn_once(ctx, state, "validation loss", state.trend.update(loss))
+    what = "validation loss" if math.isfinite(loss) else "validation loss that is not a number"
+    warn_once(ctx, state, what, state.trend.update(loss))
 
 
 def warn_of_training(ctx: TrainContext, state: TrainState, now: dict[str, float]) -> None:

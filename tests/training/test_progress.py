@@ -232,6 +232,15 @@ def test_a_run_that_overfits_says_so_once(tmp_path: Path, capsys: runs.Capture) 
     assert f"warning: step {step}: {said}" in capsys.readouterr().out
 
 
+def test_a_validation_loss_that_is_nan_is_said_after_a_rise_was(tmp_path: Path, monkeypatch: runs.Patch) -> None:
+    found = iter([*map(float, range(19)), NAN, NAN])
+    monkeypatch.setattr(SFT, "evaluate", lambda *_: {"loss": next(found, NAN), "perplexity": 1.0, "target_tokens": 1})
+    changes = {"training__eval_steps": 1, "training__learning_rate": 1e-3, "training__max_steps": 20}
+    assert train.main(runs.quick(tmp_path / "run", **changes)) == 0
+    said = [e["text"].split(" (")[0] for e in runs.events(tmp_path / "run") if e["event"] == "warning"]
+    assert said == ["validation loss rises", "validation loss is nan"]
+
+
 def test_a_validation_loss_that_is_nan_is_said_once(tmp_path: Path, monkeypatch: runs.Patch) -> None:
     monkeypatch.setattr(SFT, "evaluate", lambda *_: {"loss": NAN, "perplexity": NAN, "target_tokens": 1})
     assert train.main(runs.quick(tmp_path / "run", training__eval_steps=2)) == 0
