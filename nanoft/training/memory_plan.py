@@ -176,7 +176,7 @@ def estimate_memory(
     activations = [waiting.get(one, block) for one, block in zip(keep, blocks, strict=True)]
     # a block is recomputed when what later ones kept is free again
     again = max(0.0, *((keep[i] != "all") * (block - sum(activations[i + 1 :])) for i, block in enumerate(blocks)))
-    targets = tokens * target_share
+    targets = tokens * (1.0 if config.training.balance_loss else target_share)  # it needs the last router everywhere
     chunk = min(chunk_rows(decoder.vocab_size, torch.device(device_type)), max(1, math.ceil(targets)))
     split = config.training.sharding == "full"
     part = 1 / config.system.ranks if split else 1.0  # of weights, gradients and moments, on each rank
@@ -239,7 +239,8 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, laye
     kept += (c.hidden_size + 4 * p) * bool(p)  # gate, gelu(gate), the token's own, their product, one more residual
     kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
     if r and r.layers[layer]:  # rows of experts, their outputs, the normed input, what the router says
-        kept += (rows + r.chosen + 4 / e) * c.hidden_size + (4 * r.experts + 32 * r.chosen) / e
+        routed = 8 if config.training.balance_loss else 4  # bytes for each expert; the loss keeps its slope
+        kept += (rows + r.chosen + 4 / e) * c.hidden_size + (routed * r.experts + 32 * r.chosen) / e
     if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
         kept += outputs + inner + c.hidden_size
     return float(kept * e)

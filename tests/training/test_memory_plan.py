@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from shapes import MISTRAL_7B
+from tiny_families import make_family
 
 import train
 from nanoft import UserError, kernels
@@ -277,6 +278,20 @@ def test_blocks_are_computed_again_only_as_far_as_memory_asks_for_it() -> None:
         keep = choose_recompute(peak, 4, room)
         fitting = [n for n in range(4) if peak(["input"] * n + ["all"] * (4 - n)) <= room]
         assert keep == ["input"] * min(fitting, default=3) + ["all"] * (4 - min(fitting, default=3))
+
+
+def test_a_balance_loss_keeps_a_slope_for_each_expert_and_computes_the_last_block_everywhere(tmp_path: Path) -> None:
+    make_family("qwen3_moe", tmp_path)
+    decoder, tokens, parts = ModelFiles.read(tmp_path).decoder, 2 * 64, []
+    for alpha, share in ((0.0, 0.5), (0.1, 0.5), (0.0, 1.0)):
+        config = Config().override({"training.balance_loss": alpha})
+        given = decoder, count_parameters(decoder, config), config, "cpu", torch.float32
+        parts.append(estimate_memory(*given, 2, 64, ["all"] * decoder.num_layers, 0.0, share).parts)
+    plain, balanced, everywhere = parts
+    assert decoder.routing
+    slopes = 4 * tokens * decoder.routing.experts * sum(decoder.routing.layers)
+    assert balanced["activations"] - plain["activations"] == pytest.approx(slopes)
+    assert balanced["loss"] == everywhere["loss"] > plain["loss"]
 
 
 def test_a_recomputed_block_takes_the_place_of_what_later_blocks_kept() -> None:
