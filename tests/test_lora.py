@@ -30,11 +30,7 @@ from nanoft.nf4 import Linear4bit
 from nanoft.training.self_test import (
     PRODUCT,
     adapter_effect,
-    examples,
     merged_error,
-    merged_product,
-    product,
-    relative_error,
 )
 from nanoft.training.setup import describe_parameters
 from tiny_models import delta, make_chat_model, make_reference, train_run, write_records
@@ -123,9 +119,7 @@ def test_merged_it_does_the_same(name: str, quantization: Any, base: Path) -> No
     randomize(adapters)
     model.eval()
     with torch.no_grad():
-        for _, adapter, x in examples(adapters):
-            assert relative_error(merged_product(adapter, x), product(adapter, x)) <= PRODUCT[torch.float32]
-        assert merged_error(model, adapters, IDS) <= 1e-5
+        assert merged_error(adapters) <= PRODUCT[torch.float32]
         assert adapter_effect(model, adapters, IDS) > 0.1
 
 

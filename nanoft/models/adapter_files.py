@@ -116,11 +116,15 @@ def make_views(tensors: Mapping[str, Tensor]) -> Callable[..., LoRALinear]:
     return make
 
 
+def _are_one(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.is_set_to(b)
+
+
 @torch.no_grad()
 def load_adapter_tensors(adapters: dict[str, Adapter], tensors: dict[str, Tensor], source: str) -> None:
     """Copy tensors with PEFT's names into the adapters; a UserError names the first that does not fit."""
     own = adapter_tensors(adapters)
-    views = {name for name, tensor in own.items() if name in tensors and tensor.is_set_to(tensors[name])}
+    views = {name for name, tensor in own.items() if name in tensors and _are_one(tensor, tensors[name])}
     own, tensors = ({name: t for name, t in some.items() if name not in views} for some in (own, tensors))
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     for name, adapter in adapters.items():  # PEFT may store the base's weight with an adapter of the embedding
