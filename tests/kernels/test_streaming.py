@@ -187,7 +187,7 @@ def test_a_whole_run_is_the_same(bits: int, tmp_path: Path) -> None:
         ({"training.method": "full"}, "model.base_device: host: not supported with training.method=full: nothing is"),
         ({"training.sharding": "full"}, "model.base_device: host: not supported with training.sharding=full: remove"),
         ({"training.compile": True}, "model.base_device: host: not supported with training.compile: set that to false"),
-        ({"training.checkpointing": "none"}, "training.checkpointing: none: model.base_device=host recomputes all"),
+        ({"training.checkpointing": "none"}, "training.checkpointing: none: model.base_device=host recomputes blocks"),
     ],
 )
 def test_what_host_excludes_is_one_line(changes: dict[str, Any], reason: str) -> None:
