@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import merge as command
 from nanoft import UserError
+from nanoft.blocks.moe import Experts
 from nanoft.config import LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.export.gguf import (
@@ -37,6 +39,7 @@ from nanoft.export.model_card import parity_record
 from nanoft.export.verify import held_out
 from nanoft.generation.generate import generate
 from nanoft.metrics.rewards import Prompt
+from nanoft.model import Decoder
 from nanoft.models import families
 from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
 from tiny_models import CASES, LLAMA3, YARN, make_chat_model, make_packed
@@ -275,6 +278,22 @@ def test_experts_beside_an_mlp_come_back_under_the_names_of_llama_cpp(made: Any,
 # --- llama.cpp
 
 
+def near_ties(model: Decoder, ids: list[int]) -> torch.Tensor:
+    """Positions, (n,), at which a router nearly chose another expert, which rounding may change."""
+    found = [torch.zeros(len(ids), dtype=torch.bool)]
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+
+    def note(_: Any, __: Any, scores: torch.Tensor, chosen: int) -> None:
+        best = scores.topk(chosen + 1).values
+        found.append(best[:, -2] - best[:, -1] < 3e-4)
+
+    hooks = [module.router.register_forward_hook(partial(note, chosen=module.chosen)) for module in experts]
+    logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found).any(0)
+
+
 @pytest.mark.parametrize("case", [*SIZES, *GRAPHS])
 def test_llama_cpp_computes_the_same(case: str, made: Any, tmp_path: Path, differs: Any) -> None:
     opened, chat = made(case)
@@ -285,7 +304,9 @@ def test_llama_cpp_computes_the_same(case: str, made: Any, tmp_path: Path, diffe
     differs("GGUF", (logits(llama) - logits(opened.model)).abs().max(), rounding)
     assert perplexity(llama) == pytest.approx(perplexity(opened.model), rel=rounding / 10)
     long = IDS * 4  # beyond the context that rope scaling stretches
-    assert (logits(llama, long) - logits(opened.model, long)).abs().max() < max(rounding, 1e-3)
+    decided = ~near_ties(opened.model, long)
+    assert decided.float().mean() > 0.9
+    assert (logits(llama, long) - logits(opened.model, long))[decided].abs().max() < max(rounding, 1e-3)
     prompt = chat.encode_prompt(HELLO)
     assert llama.tokenize(chat.render_prompt(HELLO).encode(), add_bos=False, special=True) == prompt
     assert greedy(llama, prompt, 24) == ours(opened, prompt, 24, [chat.eos_id])
