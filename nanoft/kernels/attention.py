@@ -127,14 +127,15 @@ def group_documents(documents: Documents) -> tuple[list[tuple[Tensor, Tensor]], 
 
 
 def _needs_chunks(q: Tensor, scores: Scores) -> bool:
-    """PyTorch's kernels have no windows, caps, sinks or, on CUDA, large heads; others keep all weights."""
+    """PyTorch's kernels have no windows, caps, sinks or, on CUDA, large heads; on Metal they keep all weights, and in
+    bfloat16 they are slow on a CPU without matrix units (AMX)."""
     return (
         scores.window is not None
         or scores.cap is not None
         or scores.sinks
         or metal.needs_chunks(q)
         or (q.is_cuda and q.shape[-1] > MOST_DIMENSIONS)
-        or (q.device.type == "cpu" and q.dtype == torch.bfloat16)
+        or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported())
     )
 
 

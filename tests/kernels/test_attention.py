@@ -43,7 +43,11 @@ def test_output_and_gradients_are_those_of_the_plain_formula(
         assert torch.allclose(own, other, atol=1e-12)
 
 
-def test_in_bfloat16_on_a_cpu_chunks_stay_within_two_roundings_of_float64() -> None:
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_in_bfloat16_on_a_cpu_results_stay_within_two_roundings_of_float64(
+    has_amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     parts = tensors((2, 300), torch.bfloat16)
     exact = [part.detach().double().requires_grad_() for part in parts]
     seen = torch.ones(300, 300, dtype=torch.bool).tril()[None, None]
@@ -51,7 +55,7 @@ def test_in_bfloat16_on_a_cpu_chunks_stay_within_two_roundings_of_float64() -> N
     towards = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = torch.autograd.grad(expected, exact, towards)
 
-    assert describe(parts[0], Scores(1.0), False) == "chunks of 256 queries"
+    assert describe(parts[0], Scores(1.0), False) == ("PyTorch's kernel for cpu" if has_amx else "chunks of 256 queries")
     y = attend(*parts, Scores(8**-0.5))
     found = [y, *torch.autograd.grad(y, parts, towards.bfloat16())]
     for own, other in zip(found, [expected, *wanted], strict=True):
