@@ -4,7 +4,7 @@ Tokenizing a million records takes minutes, so it is done once (`builder.py`). T
 that it depends on: the contents of the files, the tokenizer, the template and its date, the settings, and the code that
 makes the samples. A cache entry is built in a temporary directory, gets a manifest with a hash of each file, and is
 renamed into place; an entry that does not match its manifest is rebuilt. Without a writable cache the data is built for
-this process only. The token ids are memory-mapped, so opening a data set takes only the time to verify it.
+this process only. The token ids are memory-mapped, and unchanged files are not hashed again, so opening one is fast.
 """
 
 from __future__ import annotations

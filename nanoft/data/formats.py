@@ -1,9 +1,9 @@
 """Convert records to conversations: record shapes, their conversions, and validation of the turns.
 
 SHAPES is the table of shapes: a new shape is an entry there, with its conversion above the table. A conversion may
-assume that the required fields exist; whatever it raises rejects the record, with its file, line and reason. The shape
-is detected from the first thousand records (`detection.py`). ROLES is the table of role names in data sets. With
-`data.format=package.module:function`, a function of the user converts each record instead.
+assume that the required fields exist; a BadRecord, TypeError, AttributeError, ValueError or LookupError rejects the
+record, with its file, line and reason. The shape is detected from the first thousand records (`detection.py`). ROLES
+has the names of roles. With `data.format=package.module:function`, a function of the user converts each record instead.
 """
 
 from __future__ import annotations
