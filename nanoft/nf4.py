@@ -10,7 +10,7 @@ Only the weight is rounded here, never the activations.
 
 The frozen weight needs no gradient, so backward needs only  dL/dx = dL/dy W,  and W is unpacked again for that instead
 of being kept. Packing is plain torch on every device, so that a weight has the same codes wherever it was packed.
-Unpacking is bitsandbytes' work on CUDA and the CPU, and a table look-up in plain torch elsewhere: the same bits.
+Unpacking has the same bits everywhere: an entry of UNPACKERS (Triton), bitsandbytes on CUDA and the CPU, or a table.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ class PreferenceConfig(Section):
 class RLConfig(Section):
     """Objectives that learn from answers sampled from the model (docs/rewards.md)."""
 
-    reward: tuple[str, ...] = ()  # how answers are scored: metrics (evaluation.metrics), or package.module:function
+    reward: tuple[str, ...] = ()  # how answers are scored: metrics, package.module:function, run:DIR (a reward model)
     reward_weights: tuple[float, ...] = ()  # of each in the sum; none: 1
     reward_timeout: float = bounded(10.0, 0.0, 86400.0)  # seconds for one answer; 0: none
     prompts: int = bounded(8, 1)  # prompts per step

@@ -1,7 +1,7 @@
 """The Metal path: the differences on Apple GPUs (PyTorch's `mps` device). docs/metal.md is the guide for users.
 
-- Attention: PyTorch's kernel keeps the weights of all pairs for backward, so it runs in chunks of queries (below).
-- NF4 is unpacked by a table look-up in plain PyTorch (nanoft/nf4.py), because bitsandbytes has no kernels for Metal.
+- Attention: PyTorch's kernel keeps the weights of all pairs for backward, so attention.py takes chunks of queries.
+- NF4 is unpacked by a table look-up in plain PyTorch (nanoft/nf4.py): bitsandbytes downloads its kernel for Metal.
 - The memory limit and dropout in recomputed blocks (runtime/device.py) do not need kernels.
 - There is no float64 and no pinned memory. Everything else runs the same operations as elsewhere.
 """

@@ -117,7 +117,7 @@ class GRPO(Objective):
     def check(cls, config: Config) -> None:
         rl, t = config.rl, config.training
         if not rl.reward:
-            raise UserError("rl.reward: empty: name a metric, such as exact_match, or package.module:function")
+            raise UserError("rl.reward: empty: name a metric, such as exact_match, package.module:function, or run:DIR")
         for name in rl.reward:  # mistakes show before anything is loaded
             if name.startswith(RUN) and not is_run(name.removeprefix(RUN)):
                 raise UserError(f"rl.reward: {name}: no such run: name one of training.objective=reward")

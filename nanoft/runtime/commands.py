@@ -55,7 +55,7 @@ add("overrides", nargs="*", metavar="section.field=value", help="change a settin
 add = new_command("compare", "tracking.compare", "Compare runs, or follow one", COMPARE).add_argument
 add("runs", nargs="+", metavar="RUN", help="run directories")
 add("--plot", metavar="FILE", help="plot their eval losses (.png, .svg, .pdf)")
-add("--html", metavar="FILE", help="write a page that compares settings, losses, answers and reports")
+add("--html", metavar="FILE", help="write a page with settings, figures, losses, and each run's report")
 add("--follow", action="store_true", help="watch one run until it ends; it need not have started yet")
 add("--every", type=float, default=2.0, metavar="S", help="seconds between updates with --follow; default: 2")
 

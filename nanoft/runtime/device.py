@@ -1,7 +1,7 @@
 """The machine that a run uses: its device, dtype and random state, library versions, and the config for it (`auto`).
 
-Only this module and `memory` distinguish CUDA, Metal and the CPU: the modules above receive a torch.device and a dtype,
-or the `Machine` of a run, which is detected once at the start.
+What depends on the machine as a whole is here and in `memory`; a module with another path on some device asks
+`device.type` there. The `Machine` of a run is detected once, at the start.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compare runs, or follow one while it trains. Only metrics.jsonl and other files of the run directory are read.
 
 python -m nanoft compare runs/a runs/b --plot both.svg      a table, and the eval losses in one plot
-python -m nanoft compare runs/a runs/b --html both.html     the same as a page, with answers and reports
+python -m nanoft compare runs/a runs/b --html both.html     the same as a page, with each run's report
 python -m nanoft compare runs/a --follow                    curves in the terminal until the run ends
 """
 
@@ -92,7 +92,7 @@ def side_by_side(header: list[str], rows: list[list[str]]) -> Iterator[str]:
 
 
 def page_of_runs(directories: dict[str, Path], runs: dict[str, Events], rows: list[list[str]]) -> bytes:
-    """Several runs in one page: settings that differ, eval losses, and the reports with their answers."""
+    """Several runs in one page: settings that differ, figures, eval losses, and the reports."""
     names, pictures = list(directories), {}
     text = f"# {', '.join(names)}\n\n{markdown_table(['', *names], rows)}\n"
     if importlib.util.find_spec("matplotlib"):
