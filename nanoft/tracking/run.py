@@ -294,7 +294,7 @@ class Run:
         except FileNotFoundError:
             is_ours = False
         if not is_ours:
-            raise UserError(f"output.dir: {self.directory} was removed or replaced during the run: start a new run")
+            raise UserError(f"output.dir: {self.directory} was removed or replaced: put it back, or start a new run")
         try:
             self._metrics.sync()
         except OSError as error:
