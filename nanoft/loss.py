@@ -121,11 +121,11 @@ class _TokenNLL(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, *settings: Any) -> Tensor:
         want_hidden, want_head = ctx.needs_input_grad[:2]
         nll = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        if torch.is_autocast_enabled(hidden.device.type):  # it casts no product with a given result, and no backward
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         grad_hidden = torch.empty_like(hidden) if want_hidden and not want_head else None
-        device, dtype = hidden.device.type, hidden.dtype  # autocast casts no product with a given result
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-        weight = head.to(dtype)
-        for chunk, logits in _chunks(hidden.to(dtype), weight):
+        weight = head.to(hidden.dtype)
+        for chunk, logits in _chunks(hidden, weight):
             nll[chunk] = _nll_and_gradient(logits, targets[chunk], *settings)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])

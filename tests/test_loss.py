@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoft import loss
 from nanoft.loss import token_nll
@@ -123,3 +126,34 @@ def test_under_autocast_the_logits_have_its_dtype() -> None:
         found = token_nll(hidden, head.requires_grad_(), targets)
     assert torch.allclose(found, F.cross_entropy(logits.float(), targets, reduction="none"), atol=1e-5)
     assert not torch.allclose(found, F.cross_entropy(hidden @ head.detach().T, targets, reduction="none"), atol=1e-5)
+
+
+def test_under_autocast_the_gradients_are_those_of_the_plain_formula_with_products_in_its_dtype() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(size, 32, generator=generator).requires_grad_() for size in (40, 64))
+    targets, seen = torch.randint(0, 64, (40,), generator=generator), set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket is torch.ops.aten.mm:
+                seen.add(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = token_nll(hidden, head, targets), F.cross_entropy(hidden @ head.T, targets, reduction="none")
+    with Products():
+        found = torch.autograd.grad(ours.sum(), [hidden, head])
+    assert seen == {torch.bfloat16}
+    for one, reference in zip(found, torch.autograd.grad(theirs.sum(), [hidden, head]), strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, reference, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_under_autocast_a_frozen_head_and_a_trained_one_give_the_same_gradient(trained_head: bool) -> None:
+    hidden, head = HIDDEN.clone().requires_grad_(), HEAD.clone().requires_grad_(trained_head)
+    with torch.autocast("cpu", torch.bfloat16):
+        token_nll(at(hidden, ROWS), head, TARGETS).sum().backward()
+    exact = HIDDEN.clone().requires_grad_()
+    token_nll(at(exact, ROWS), HEAD, TARGETS).sum().backward()
+    torch.testing.assert_close(hidden.grad, exact.grad, rtol=2e-2, atol=2e-2)
