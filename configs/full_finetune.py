@@ -1,7 +1,7 @@
 """A GPU with 80 GB: every parameter of Qwen2.5-3B-Instruct, with master weights and moments in float32.
 
 For whoever teaches what no low-rank adapter can hold, with 10,000 samples or more: 16 bytes per parameter (weight,
-gradient, two moments). Planned, not measured: 71.5 GB with as few blocks recomputed as needed, 58.7 GB with
+gradient, two moments). Planned, not measured: 71.9 GB with as few blocks recomputed as needed, 60.3 GB with
 checkpointing=full, 22.7 GFLOP per token. Change first: `data.train_file`; `training.optimizer=adamw_8bit` (10 bytes per
 parameter); `training.learning_rate`, 5e-6 to 2e-5. A checkpoint takes 37 GB; the last and the best are kept.
 """

@@ -89,7 +89,7 @@ class Counts:
     adapters: int  # numbers of the adapters: trained ones, and those that a variant keeps in addition
     ranks: float  # sum over the adapters of a block; of experts, over those that a token chooses
     active: float  # the part of `linears` that a token is multiplied by: of experts, those that it chooses
-    trains_head: bool = False  # although the base is frozen
+    trains_head: bool = False
     rank_warnings: tuple[str, ...] = ()  # about adapters with a higher rank than their matrix can have
 
 
@@ -107,7 +107,7 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
     block_scales = 1 + 4 / 256 if config.quantization.double else 4  # bytes
     scales = {4: weights / 64 * block_scales, 8: 4.0 * sum(int(linear.out_features) for linear in linears)}
     if config.training.method == "full":
-        return Counts(weights, 0.0, others, weights + others, 0, 0, active)
+        return Counts(weights, 0.0, others, weights + others, 0, 0, active, not trains_score(config))
     more = range(decoder.vocab_size, decoder.vocab_size + len(config.model.add_tokens))
     lora = with_added_tokens(config.lora, more, decoder.tied)
     grow_vocabulary(model, max(decoder.vocab_size + len(more), vocabulary_of(lora, {})))
@@ -181,9 +181,9 @@ def estimate_memory(
     split = config.training.sharding == "full"
     part = 1 / config.system.ranks if split else 1.0  # of weights, gradients and moments, on each rank
     linears = counts.linears * (stored if bits == 16 else bits / 8) + counts.scales * (bits < 16)
-    table, scored = 0 if full else decoder.vocab_size * decoder.hidden_size, trains_score(config)
+    table, scored = decoder.vocab_size * decoder.hidden_size, trains_score(config)
     head = 0 if scored or counts.trains_head else table  # whole on each rank, if it is frozen
-    lookup = 0 if decoder.tied and not scored else table  # gathered for a moment only
+    lookup = 0 if full or (decoder.tied and not scored) else table  # gathered for a moment only
     gathered = 2 * linears / decoder.num_layers + stored * (counts.others - head - lookup)  # this block, the next, rest
     # of all experts at once, as one matrix of gate and up where they are one
     at_once = r.experts * (1 + (decoder.mlp != "gated")) if r and device_type == "cuda" else 1
@@ -215,8 +215,8 @@ def estimate_memory(
         "loss": chunk * decoder.vocab_size * e
         + softmax
         + (2.0 * targets * e + 8.0 * tokens) * decoder.hidden_size
-        # the weight that the loss takes instead of a frozen head, and its gradient
-        + counts.trains_head * decoder.vocab_size * decoder.hidden_size * (2 * e + 8.0),
+        # the weight in place of a frozen head; of a trained head a cast, the gradient and a chunk's (widened on a CPU)
+        + counts.trains_head * table * (8.0 + (2 * e if not full else 4.0 * (cpu and e < 4))),
     }
     return Plan(parts, list(keep))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from nanoft.config import Config, LoRAConfig, QuantizationConfig, TrainingConfig
 from nanoft.generation import decode
 from nanoft.generation.decode import Decoding
 from nanoft.lora import inject_lora, linears_of
+from nanoft.loss import token_nll
 from nanoft.models.families import decoder_config
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.weights import load_model
@@ -255,6 +257,23 @@ def test_full_training_keeps_weights_cast_for_the_products(tmp_path: Path) -> No
         decoder, count_parameters(decoder, config), config, "cpu", torch.bfloat16, 2, 77, ["all"] * 3, 0.0
     )
     assert plan.parts["cast weights"] == sum(tensor.untyped_storage().nbytes() for tensor in cast.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_training_holds_the_gradient_of_the_head_in_the_loss(dtype: torch.dtype, tmp_path: Path) -> None:
+    make_reference("mistral", tmp_path, vocab_size=16384, hidden_size=256)
+    config, decoder = Config(training=TrainingConfig(method="full")), ModelFiles.read(tmp_path).decoder
+    counts = count_parameters(decoder, config)
+    plan = estimate_memory(decoder, counts, config, "cpu", dtype, 1, 16, ["all"] * 3, 0.0)
+    hidden, head = (torch.randn(size, 256).requires_grad_() for size in (16, 16384))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            total = token_nll(hidden, head, torch.arange(16)).sum()
+        total.backward()
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert max(itertools.accumulate(changes)) == pytest.approx(plan.parts["loss"], rel=0.1)
 
 
 def test_a_base_that_is_kept_unpacked_counts_as_one() -> None:
