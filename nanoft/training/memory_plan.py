@@ -387,8 +387,7 @@ def decide_dequantize(config: Config, counts: Counts, machine: Machine) -> Confi
     """Replace quantization.dequantize=auto by the choice that loading the base will make."""
     e = machine.dtype.itemsize
     packed = counts.linears * config.quantization.bits / 8 + counts.scales
-    left = machine.memory_bytes - packed - counts.others * e
-    extra = counts.linears * e - packed
+    left, extra = machine.memory_bytes - packed - counts.others * e, counts.linears * e - packed
     kind = "cpu" if config.model.base_device == "host" else machine.device.type  # where the weights are
     chosen = choose_dequantize(config.quantization.dequantize, kind, int(extra), int(left))
     return config.override({"quantization.dequantize": chosen})
@@ -432,7 +431,10 @@ def resolve_micro_batch_size(planner: Planner, recorded: dict[str, Any] | None) 
         split = f"a step of {step_rows} sequences cannot be split evenly over {ranks} processes"
         raise UserError(f"training.gradient_accumulation_steps: {split}: set it to {ranks * max(rows_a_rank, 1)}")
     if recorded is not None and recorded["system"].get("ranks", 1) == ranks:
-        return config.override({name: recorded["training"][name.removeprefix("training.")] for name in ROWS})
+        before = {name: recorded["training"][name.removeprefix("training.")] for name in ROWS}
+        is_same_step = config.rl.reward or math.prod(before.values()) * ranks == step_rows
+        other = (1, rows_a_rank)  # a step of another size, which check_same_run refuses
+        return config.override(before if is_same_step else dict(zip(ROWS, other, strict=True)))
     length, keep, size = config.model.max_seq_length, planner.keep_by(t.checkpointing), planner.unit_size
     rows = choose_rows(lambda n: planner.plan(n * size, length, keep).peak, rows_a_rank, planner.machine.room_bytes)
     return config.override(dict(zip(ROWS[: 1 if config.rl.reward else 2], (rows, rows_a_rank // rows), strict=False)))

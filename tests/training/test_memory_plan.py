@@ -509,3 +509,11 @@ def test_auto_keeps_the_rows_of_a_step_and_a_run_goes_on_with_what_was_decided(
     more = ["training.max_steps=2", "training.checkpointing=none", "--force", "room"]
     assert train.main([*arguments, *auto, *more]) == 0
     assert json.loads((run / "config.json").read_text())["training"]["micro_batch_size"] == 6
+    capsys.readouterr()
+    for changed in (["training.gradient_accumulation_steps=12"], ["training.gradient_accumulation_steps=1"]):
+        assert train.main([*arguments, *auto, *more, *changed]) == 2
+        sequences = changed[0].partition("=")[2]
+        expected = f"training.micro_batch_size x gradient_accumulation_steps: 6 -> {sequences}; "
+        assert expected in capsys.readouterr().err
+    explicit = ["training.micro_batch_size=2", "training.gradient_accumulation_steps=3", "evaluation.prompts=0"]
+    assert train.main([*arguments, *explicit, *more, "training.max_steps=3"]) == 0
