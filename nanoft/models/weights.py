@@ -286,9 +286,8 @@ def choose_dequantize(policy: str, device_type: str, extra_bytes: int, free_byte
 
     The rest helps activations more. `extra_bytes`: how much larger the model is with dequantized weights.
     """
-    if policy == "auto":
-        return "cached" if device_type == "cuda" and 3 * extra_bytes <= free_bytes else "per_use"
-    return "cached" if policy == "cached" else "per_use"
+    has_room = device_type == "cuda" and 3 * extra_bytes <= free_bytes
+    return "cached" if policy == "cached" or (policy == "auto" and has_room) else "per_use"
 
 
 def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = None) -> Literal["per_use", "cached"]:
@@ -299,10 +298,11 @@ def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = Non
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))]
     if not layers:
         return "per_use"
-    device = layers[0][1].parts[0].device
-    unpacked = sum(layer.out_features * layer.in_features * layer.dtype.itemsize for _, layer in layers)
-    extra = unpacked - sum(packed_bytes(layer) for _, layer in layers)
-    chosen = choose_dequantize(policy, device.type, extra, int(available_bytes(device)))
+    codes = layers[0][1].parts[0]
+    extra = sum(q.out_features * q.in_features * q.dtype.itemsize - packed_bytes(q) for _, q in layers)
+    chosen = choose_dequantize(policy, codes.device.type, extra, int(available_bytes(codes.device)))
+    if hasattr(codes, "full_tensor") and distributed.all_reduce_any(chosen == "per_use"):
+        chosen = "per_use"  # on every rank: unpacking gathers the shards of all
     while chosen == "cached" and layers:
         name, layer = layers.pop()  # the packed weight is gone before the next one is unpacked
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
