@@ -472,10 +472,8 @@ def suggest_savings(planner: Planner, rows: int, length: int) -> str:
     config = planner.config
     changes: dict[str, Any] = {"model.max_seq_length": length // 2, "training.micro_batch_size": rows // 2}
     changes |= {"training.checkpointing": "full", "training.optimizer": "adamw_8bit"}
-    if config.training.method == "full":
-        changes |= {"training.method": "lora"}
-    else:
-        changes |= {"quantization.bits": 4, "lora.rank": config.lora.rank // 2, "lora.target_modules": "attention"}
+    smaller = {"quantization.bits": 4, "lora.rank": config.lora.rank // 2, "lora.target_modules": "attention"}
+    changes |= {"training.method": "lora"} if config.training.method == "full" else smaller
     before, saved = planner.choose_activations(rows, length), {}
     for name, value in changes.items():
         with contextlib.suppress(UserError):  # out of range (half a row), or not on this device

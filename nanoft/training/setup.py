@@ -314,9 +314,8 @@ def place_model(model: Decoder, config: Config, device: torch.device) -> None:
 
 def begin_objective(ctx: TrainContext) -> None:
     """Compute, once per run, what the objective needs from the model before training."""
-    sides, directory = [ctx.corpus.training, ctx.validation], ctx.run.directory
-    size = ctx.config.evaluation.batch_size
-    in_smaller_batches(ctx, size, lambda size: ctx.objective.begin(ctx.model, sides, directory, size))
+    sides, size = [ctx.corpus.training, ctx.validation], ctx.config.evaluation.batch_size
+    in_smaller_batches(ctx, size, lambda size: ctx.objective.begin(ctx.model, sides, ctx.run.directory, size))
 
 
 def open_checkpoints(config: Config, run: Run, provenance: Provenance) -> AsyncCheckpointWriter:
@@ -336,10 +335,11 @@ def base_model(ctx: TrainContext) -> Iterator[Decoder]:
             yield ctx.model
     else:
         ctx.optimizer.state.clear()  # its memory is needed for the second model
-        model = load_base(ctx.config, ctx.machine, ctx.files)
-        if ctx.config.system.kernels == "auto":
-            kernels.apply(model)
-        place_model(model, ctx.config, ctx.device)
+        with distributed.same_exception(ctx.device):
+            model = load_base(ctx.config, ctx.machine, ctx.files)
+            if ctx.config.system.kernels == "auto":
+                kernels.apply(model)
+            place_model(model, ctx.config, ctx.device)
         yield model
 
 

@@ -258,6 +258,7 @@ def test_resumed_with_dropout_on_two_ranks_equals_uninterrupted(tmp_path: Path) 
 
 
 SHARDED = {"training__sharding": "full", "training__gradient_accumulation_steps": 1}
+BRIEF = {"training__max_steps": 1, "evaluation__prompts": 0}
 PARTS_ONLY = """
 build = train.build
 def building(*args):
@@ -350,6 +351,39 @@ def test_split_it_measures_and_answers_what_one_process_does(tmp_path: Path) -> 
     figures = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "alone")]
     for model in ("base", "tuned"):
         assert figures[0][model] == pytest.approx(figures[1][model], rel=1e-5)
+
+
+ROOM_ON_ONE = """
+from nanoft.models import weights
+weights.choose_dequantize = lambda *_: "cached" if rank else "per_use"
+"""
+
+
+def test_split_all_ranks_keep_the_base_packed_if_one_has_no_room_for_more(tmp_path: Path) -> None:
+    """Dequantizing gathers the shards of a weight, for which every rank is needed."""
+    _, err = run(2, tmp_path / "run", ROOM_ON_ONE, **SHARDED, **BRIEF, quantization__bits=4)
+    assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
+
+
+FAILS_ON_ONE = """
+load, loads = setup.load_base, [0]
+def loading(*args):
+    loads[0] += 1
+    if rank == 1 and loads[0] == 2:
+        raise RuntimeError("no second model")
+    return load(*args)
+setup.load_base = loading
+"""
+
+
+def test_a_base_that_one_rank_cannot_load_again_is_left_out_of_the_report(tmp_path: Path) -> None:
+    changes = {"training__method": "full", "training__gradient_accumulation_steps": 1, **BRIEF}
+    out, err = run(2, tmp_path / "run", FAILS_ON_ONE, **changes)
+    assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
+    assert "warning: evaluation of the base failed after step 1: TrainingFailed: another process failed" in out
+    figures = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "base" not in figures
+    assert figures["tuned"]["perplexity"] > 1
 
 
 WORSE_AND_WORSE = """
