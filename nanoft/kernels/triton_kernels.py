@@ -38,8 +38,8 @@ FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 def rows(numbers: int) -> dict[str, Any]:
-    """Launch options of a program that holds rows of this many numbers in registers: 8 per thread."""
-    return {"num_warps": min(16, max(1, numbers // 256)), **FUSED}
+    """Launch options of a program that holds rows of this many numbers in registers: 8 per thread of 2^n warps."""
+    return {"num_warps": min(16, max(1, triton.next_power_of_2(numbers) // 256)), **FUSED}
 
 
 # --- 4-bit weights
@@ -339,7 +339,7 @@ def with_formulas(
 
 def first_difference(device: torch.device) -> str:
     """The first kernel that differs from the core, as it stands, for a few numbers on a device; "" if none does."""
-    x = torch.linspace(-3, 3, 4 * 64, device=device).view(1, 4, 1, 64).requires_grad_()
+    x = torch.linspace(-3, 3, 4 * 12 * 64, device=device).view(1, 4, 12, 64).requires_grad_()
     weight, angles = torch.linspace(0.5, 1.5, 64, device=device), torch.linspace(0, 7, 128, device=device)
     cos, sin = (part.view(1, 4, 1, 32) for part in (angles.cos(), angles.sin()))
     for name, functions in with_formulas(x, cos, sin, weight).items():

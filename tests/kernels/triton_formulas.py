@@ -72,7 +72,7 @@ def test_four_bits_are_unpacked_as_by_bitsandbytes(kind: str, double: bool, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("size", [48, 64])
+@pytest.mark.parametrize("size", [48, 64, 896])  # of 896 numbers: more than one warp
 def test_the_norm(size: int, offset: float, dtype: torch.dtype) -> None:
 
     def found(x: Tensor, w: Tensor) -> Tensor:
