@@ -25,6 +25,7 @@ from nanoft.config.settings import SECTION_NAMES, SECTION_TYPES
 from nanoft.models.families import decoder_config
 from nanoft.objectives import OBJECTIVES
 from nanoft.recompute import keep_by_policy
+from nanoft.runtime.device import DTYPES
 from nanoft.training.memory_plan import count_parameters, estimate_memory
 from tiny_models import make_chat_model
 
@@ -152,7 +153,7 @@ def test_a_plan_needs_no_weights_and_finds_what_the_config_says(
     decoder = decoder_config(SHAPES[config.model.name])
     if config.quantization.bits == 4 and config.quantization.dequantize == "auto":  # the GPU of h100.py has room
         config = config.override({"quantization.dequantize": "cached"})
-    dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+    dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
     sequences = 2 if OBJECTIVES[config.training.objective].learns == "pairs" else 1
     size = (sequences * config.micro_batch_rows(), config.model.max_seq_length)
     again = keep_by_policy("full", 1, decoder.num_layers)

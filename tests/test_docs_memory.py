@@ -14,7 +14,7 @@ from nanoft.config.loading import load_file
 from nanoft.generation.decode import Decoding
 from nanoft.models.families import decoder_config
 from nanoft.models.weights import load_model
-from nanoft.runtime.device import Machine
+from nanoft.runtime.device import DTYPES, Machine
 from nanoft.training.memory_plan import Plan, Planner, block_bytes, count_parameters, host_bytes
 from nanoft.training.plan import gflop_per_token
 from tiny_models import make_reference
@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
 def plan(config: Config) -> Plan:
     """What --plan computes for a GPU with the memory that the config names, without such a GPU."""
     memory_bytes = (config.system.memory_gb or 0) * 1e9
-    machine = Machine(torch.device("cuda"), torch.bfloat16, memory_bytes, present=False)
+    dtype = DTYPES.get(config.model.dtype, torch.bfloat16)
+    machine = Machine(torch.device("cuda"), dtype, memory_bytes, present=False)
     planner = Planner.of(config, machine, decoder_config(SHAPES[config.model.name]))
     return planner.choose_activations(config.micro_batch_rows(), config.model.max_seq_length)
 

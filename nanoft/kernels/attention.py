@@ -142,6 +142,8 @@ def _needs_chunks(q: Tensor, scores: Scores) -> bool:
 def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:
     if _needs_chunks(q, scores):
         return _Chunked.apply(q, k, v, sinks, scores)
+    if q.shape[2] > k.shape[2] and not shares_keys(q):  # with shared keys, PyTorch would keep all weights
+        k, v = (part.repeat_interleave(q.shape[2] // part.shape[2], dim=2) for part in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, q, d)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=True)
     return y.transpose(1, 2)
@@ -158,9 +160,14 @@ def _varlen_kernel() -> Any:
     return varlen_attn if options <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
+def shares_keys(q: Tensor) -> bool:
+    """Whether heads can share keys: on CUDA, in FlashAttention alone, in 16 bits and from Ampere on."""
+    return not q.is_cuda or (q.dtype.itemsize == 2 and torch.cuda.get_device_capability(q.device) >= (8, 0))
+
+
 def has_varlen(q: Tensor, scores: Scores) -> bool:
     """Whether one kernel can attend to documents of different lengths."""
-    is_supported = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= MOST_DIMENSIONS
+    is_supported = q.is_cuda and shares_keys(q) and q.shape[-1] <= MOST_DIMENSIONS
     return is_supported and scores.cap is None and not scores.sinks and _varlen_kernel() is not None
 
 

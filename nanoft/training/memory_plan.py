@@ -166,6 +166,10 @@ def estimate_memory(
     chosen = r.chosen + r.experts * padding if r else 0.0  # rows of experts for each token
     widths = mlp_widths(decoder, chosen)
     blocks = [kept_by_block(own, counts, config, e, i, widths[i][1]) * tokens for i, own in enumerate(decoder.by_layer)]
+    if device_type == "cuda" and dtype != torch.bfloat16 and decoder.attention_cap is None and not decoder.sinks:
+        for i, own in enumerate(decoder.by_layer):  # a copy of keys and values for each head (`shares_keys`)
+            unshared = decoder.mixer(i) == "attention" and (decoder.windows[i] or length) >= length
+            blocks[i] += 2 * (own.num_heads - own.num_kv_heads) * own.head_dim * e * tokens * unshared
     waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
     # half of the kernels are built for each shape of a matrix, and for how many tokens an expert has

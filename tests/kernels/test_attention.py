@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from plain_attention import places, plainly, tensors, who_sees_whom
+from torch import Tensor
 
 from nanoft.attention import Documents, Scores
 from nanoft.kernels import attention
@@ -67,6 +70,60 @@ def test_the_log_names_what_computes_it() -> None:
     assert describe(q, Scores(1.0), False) == "PyTorch's kernel for cpu"
     assert describe(q, Scores(1.0), True) == "PyTorch's kernel for cpu, documents of similar length batched"
     assert describe(q, Scores(1.0, 2), False) == describe(q, Scores(1.0, None, 5.0), False) == "chunks of 256 queries"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "shares"),
+    [
+        ((7, 5), torch.float16, False), ((8, 0), torch.float16, True), ((9, 0), torch.bfloat16, True),
+        ((9, 0), torch.float32, False),
+    ],
+)  # fmt: skip
+def test_flash_attention_runs_in_16_bits_from_ampere_on(
+    capability: tuple[int, int], dtype: torch.dtype, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else on CUDA attends to packed documents, or shares keys between heads."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, 4, 2, 64))
+    assert attention.shares_keys(q) is shares
+    assert attention.has_varlen(q, Scores(1.0)) is (shares and attention._varlen_kernel() is not None)
+    assert attention.shares_keys(torch.zeros(1, 4, 2, 64))  # on a CPU
+
+
+@pytest.mark.parametrize("packed", [None, (200, 100, 299, 1)])
+def test_where_heads_cannot_share_keys_each_gets_a_copy(
+    packed: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With shared keys, PyTorch would take its formula there, which keeps the weights of all pairs."""
+    parts, documents = tensors((2, 300), torch.float32, heads=8, groups=2), None
+    if packed:
+        documents = Documents(packed, torch.tensor((0, *packed), dtype=torch.int32).cumsum(0).int())
+    towards = torch.randn(parts[0].shape, generator=torch.Generator().manual_seed(1))
+    expected = attend(*parts, Scores(0.25), documents)
+    wanted = torch.autograd.grad(expected, parts, towards)
+    kernel, heads = attention.F.scaled_dot_product_attention, []
+
+    def seen(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        heads.append((q.shape[1], k.shape[1], v.shape[1]))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", seen)
+    monkeypatch.setattr(attention, "shares_keys", lambda q: False)
+    y = attend(*parts, Scores(0.25), documents)
+    assert set(heads) == {(8, 8, 8)}
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, parts, towards), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_shared_keys_in_float32_do_not_keep_the_weights_of_all_pairs() -> None:
+    parts = [torch.randn(1, 2048, n, 64, device="cuda", requires_grad=True) for n in (8, 2, 2)]
+    before = torch.cuda.memory_allocated()
+    y = attend(*parts, Scores(0.125))
+    assert torch.cuda.memory_allocated() - before < 8 * 2048**2 * 4  # one matrix of them
+    assert describe(parts[0], Scores(0.125), False) == "efficient attention kernel"
+    assert y.shape == parts[0].shape
 
 
 @pytest.mark.gpu

@@ -210,6 +210,21 @@ def test_in_float16_weights_and_activations_take_half_the_bytes_of_float32() -> 
         assert half[name] == wide[name]
 
 
+def test_in_float16_each_head_of_a_gpu_keeps_a_copy_of_its_keys_and_values() -> None:
+    """Which Mistral shares between 4 heads; before Ampere, no kernel does. With a window, attention is in chunks."""
+
+    def activations(device: str, dtype: torch.dtype, window: int | None = None) -> float:
+        decoder = replace(decoder_config(MISTRAL_7B), windows=(window,) * 32)
+        sizes = 1, 2048, ["all"] * 32, 0.0
+        return estimate_memory(decoder, counts, Config(), device, dtype, *sizes).parts["activations"]
+
+    counts, copies = count_parameters(decoder_config(MISTRAL_7B), Config()), 2 * (32 - 8) * 128 * 2048 * 32
+    shared = activations("cuda", torch.bfloat16)
+    assert activations("cuda", torch.float16) == shared + 2 * copies
+    assert activations("cuda", torch.float16, 1024) == activations("mps", torch.float16) == shared
+    assert activations("cuda", torch.float32) == activations("cpu", torch.float32) + 4 * copies
+
+
 @pytest.mark.parametrize("keep", ["all", "input"])
 def test_activations_are_the_bytes_that_autograd_keeps(keep: Any, tmp_path: Path) -> None:
     make_reference("mistral", tmp_path, hidden_size=128, intermediate_size=320, num_attention_heads=4)
