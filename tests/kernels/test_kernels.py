@@ -186,10 +186,15 @@ def test_an_edited_core_is_noticed(edit: str, base: Any, monkeypatch: pytest.Mon
     assert not any(isinstance(block, FastBlock) for block in model.model.layers)
 
 
-def test_verifying_draws_no_random_numbers(base: Any) -> None:
+def test_verifying_draws_no_random_numbers(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it seed the generators of GPUs, whose state it does not restore."""
     model, before = build(base("qwen3"), {"dora": True}, None, False), torch.get_rng_state()
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    monkeypatch.setattr(torch.mps, "manual_seed", seeds.append)
     assert kernels.apply(model, LoRAConfig(rank=4, dora=True)) == ""
     assert torch.equal(torch.get_rng_state(), before)
+    assert seeds == []
     assert kernels.describe(model) == "3 of 3 blocks fast"
 
 
