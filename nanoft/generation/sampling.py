@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoft import UserError
+from nanoft.runtime.device import running_sum
 
 
 class NotFinite(UserError):
@@ -60,7 +61,7 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
     if sampling.top_p < 1:
         ascending, order = logits.sort()
-        outside = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p  # the rest already reaches p
+        outside = running_sum(ascending.softmax(-1), -1) <= 1 - sampling.top_p  # the rest already reaches p
         outside[:, -1] = False
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     if sampling.min_p > 0:
@@ -71,7 +72,7 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def sample(logits: Tensor, noise: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds the noise, (batch,), from (batch, vocab) and (batch,)."""
-    cumulative = logits.softmax(-1).cumsum(-1)
+    cumulative = running_sum(logits.softmax(-1), -1)
     target = noise[:, None] * cumulative[:, -1:]  # the total is 1 up to rounding
     sampled = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return sampled.clamp(max=logits.shape[-1] - 1)  # exceeded only if all values are NaN

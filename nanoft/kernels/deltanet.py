@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoft.blocks import recurrence
+from nanoft.runtime.device import running_sum
 
 CHUNK = 64  # positions
 
@@ -96,9 +97,9 @@ class _Chunks(NamedTuple):
         scales = recurrence.scale(q, q.shape[-1] ** -0.5), recurrence.scale(k)
         q, k = q * scales[0], k * scales[1]
         future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-        between = decay.expand(-1, -1, -1, size).tril(-1).cumsum(2)  # c_t - c_j; a difference would be less exact
+        between = running_sum(decay.expand(-1, -1, -1, size).tril(-1), 2)  # c_t - c_j; a difference would be less exact
         between = between.masked_fill_(future, -torch.inf).exp_()
-        grown, left = decay.cumsum(2).exp(), between[:, :, -1, :, None]
+        grown, left = running_sum(decay, 2).exp(), between[:, :, -1, :, None]
         similar, scores = (k @ k.mT).mul_(between), (q @ k.mT).mul_(between)
         # of the system only what is below the diagonal counts
         one = torch.eye(size, dtype=q.dtype, device=q.device).expand_as(similar)
@@ -168,7 +169,7 @@ def _backward(c: _Chunks, dy: Tensor) -> tuple[Tensor, ...]:
     d_sums, d_left = along_q + along_k, (d_written * c.written).sum(-1, keepdim=True)
     d_sums[:, :, -1:] += over * (states * d_states).sum((2, 3))[..., None, None]
     d_between = _later(log_scores + log_similar).tril_(-1).sum(3, keepdim=True)
-    d_decay = _later(d_sums) + F.pad(d_left, (0, 0, 1, -1)).cumsum(2) + d_between
+    d_decay = _later(d_sums) + running_sum(F.pad(d_left, (0, 0, 1, -1)), 2) + d_between
     along_q += log_scores.sum(3, keepdim=True)
     along_k += d_left + log_similar.sum(3, keepdim=True) + (log_similar + log_scores).sum(2)[..., None]
     d_similar.mul_(c.between)
@@ -190,7 +191,7 @@ def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _later(x: Tensor) -> Tensor:
     """The sum of x over its own and later positions of a chunk, (m, n, C, ...)."""
-    return x.flip(2).cumsum(2).flip(2)
+    return running_sum(x.flip(2), 2).flip(2)
 
 
 def _chunk(x: Tensor, size: int, copies: int = 1) -> Tensor:

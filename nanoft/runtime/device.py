@@ -83,6 +83,19 @@ def seed_everything(seed: int, threads: int | str, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def running_sum(x: Tensor, dim: int) -> Tensor:
+    """x.cumsum(dim), which PyTorch refuses on CUDA with deterministic algorithms."""
+    return doubling_sum(x, dim) if x.is_cuda and torch.are_deterministic_algorithms_enabled() else x.cumsum(dim)
+
+
+def doubling_sum(x: Tensor, dim: int) -> Tensor:
+    """The same in log2(n) sums of numbers 1, 2, 4, ... positions apart (Hillis & Steele 1986), in a fixed order."""
+    for step in (2**i for i in range((x.shape[dim] - 1).bit_length())):
+        first, rest = x.tensor_split([step], dim)
+        x = torch.cat((first, rest + x.narrow(dim, 0, rest.shape[dim])), dim)
+    return x
+
+
 def set_threads(threads: int | str) -> None:
     """Set the number of CPU threads; auto or 0: as torch found it (nanoft/runtime/cores.py)."""
     if isinstance(threads, int) and threads:

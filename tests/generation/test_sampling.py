@@ -18,6 +18,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from nanoft.generation import sampling
 from nanoft.generation.sampling import (
     BELOW_ONE,
     NotFinite,
@@ -29,6 +30,7 @@ from nanoft.generation.sampling import (
     sample,
     warp,
 )
+from nanoft.runtime.device import doubling_sum
 
 CPU = torch.device("cpu")
 VOCAB, DRAWS = 60, 40_000
@@ -211,3 +213,17 @@ def test_logits_that_are_not_finite_are_an_error(odd: float, settings: Sampling)
         all_of(settings, [[0]] * 16, VOCAB, 1).choose(broken)
     broken[3, 5] = -torch.inf  # only this token is impossible
     all_of(settings, [[0]] * 16, VOCAB, 1).choose(broken)
+
+
+def test_sampling_needs_no_cumsum_where_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA with deterministic algorithms."""
+
+    def sampled() -> tuple[Tensor, Tensor]:
+        warped = warp(logits(512).double(), Sampling(temperature=0.7, top_p=0.9))
+        return warped, sample(warped, torch.linspace(0, BELOW_ONE, 512).double())
+
+    expected = sampled()
+    monkeypatch.setattr(sampling, "running_sum", doubling_sum)
+    monkeypatch.setattr(Tensor, "cumsum", None)
+    for one, other in zip(sampled(), expected, strict=True):
+        assert torch.equal(one, other)

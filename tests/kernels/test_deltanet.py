@@ -12,6 +12,7 @@ from nanoft.attention import Documents, SequenceContext
 from nanoft.blocks import recurrence
 from nanoft.kernels import deltanet
 from nanoft.kernels.attention import FastContext
+from nanoft.runtime.device import doubling_sum
 
 
 def parts(length: int, dtype: torch.dtype, strength: float = 2.0) -> list[Tensor]:
@@ -40,6 +41,15 @@ def test_chunks_are_the_recurrence(length: int, strength: float) -> None:
             found, expected = step(deltanet.delta_rule, inputs, before), step(recurrence.delta_rule, inputs, before)
             for one, other in zip(found, expected, strict=True):
                 assert (one - other).norm() <= bound * other.norm() + 1e-12
+
+
+def test_it_needs_no_cumsum_where_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA with deterministic algorithms."""
+    inputs = parts(150, torch.float64)
+    expected = step(deltanet.delta_rule, inputs)
+    monkeypatch.setattr(deltanet, "running_sum", doubling_sum)
+    monkeypatch.setattr(Tensor, "cumsum", None)
+    torch.testing.assert_close(step(deltanet.delta_rule, inputs), expected)
 
 
 def test_in_bfloat16_the_state_is_float32_and_results_are_rounded_once() -> None:

@@ -26,8 +26,10 @@ from nanoft.runtime.device import (
     choose_device,
     choose_dtype,
     describe_device,
+    doubling_sum,
     quiet_libraries,
     rng_state,
+    running_sum,
     seed_everything,
     set_rng_state,
 )
@@ -102,6 +104,27 @@ def test_a_seed_settles_every_generator() -> None:
     assert all(a != b for a, b in zip(first, draw(), strict=True))
     seed_everything(3, threads, False)
     assert draw() == first
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 64, 1000])
+def test_sums_in_doubling_distances_are_running_sums(length: int) -> None:
+    x = torch.randn(3, length, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for dim, part in ((1, x), (-1, x[..., 0]), (0, x)):
+        torch.testing.assert_close(doubling_sum(part, dim), part.cumsum(dim))
+    assert torch.equal(running_sum(x, 1), x.cumsum(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_running_sums_are_not_refused_on_cuda() -> None:
+    x = torch.rand(4, 1000, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="deterministic"):
+            x.cumsum(1)
+        torch.testing.assert_close(running_sum(x, 1).cpu(), x.cpu().cumsum(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_deterministic_kernels_are_asked_for() -> None:

@@ -347,13 +347,16 @@ def test_memory_is_told_at_every_stage_and_warned_of(tmp_path: Path, monkeypatch
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("bits", [16, 4])
-def test_on_cuda_two_deterministic_runs_are_one(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "temperature"), [(16, 0), (4, 0), (16, 0.7)])
+def test_on_cuda_two_deterministic_runs_are_one(bits: int, temperature: float, tmp_path: Path) -> None:
     changes = {"system__device": "cuda", "system__deterministic": True, "quantization__bits": bits}
+    changes |= {"evaluation__temperature": temperature}
     for name in ("a", "b"):
         assert train.main(quick(tmp_path / name, **changes, lora__dropout=0.1)) == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert equal(result(tmp_path / "a"), result(tmp_path / "b"))
+    one, other = (json.loads((tmp_path / name / "report.json").read_text())["tuned"]["stop_rate"] for name in "ab")
+    assert one == other is not None  # a failed evaluation does not end a run
 
 
 @pytest.mark.gpu
