@@ -49,7 +49,7 @@ def expert_headers(found: Mapping[str, TensorHeader], transposed: bool, apart: b
             continue
         place, part, kind = stack.groups()
         shape, suffix = header.shape[1:], {"_bias": ".bias", "_scales": f".weight{MXFP4_SCALE}"}.get(kind, ".weight")
-        if kind == "_blocks":  # (out, groups, 16) bytes
+        if kind == "_blocks" and shape[2:] == (GROUP // 2,):  # (out, groups, 16) bytes
             header, shape = replace(header, form=MXFP4), (shape[0], GROUP * shape[1])
         turned = transposed and not kind
         shape = shape[::-1] if turned else shape

@@ -110,6 +110,18 @@ def test_stacks_of_qwen3_moe_are_read_as_the_linears_that_they_hold(tmp_path: Pa
     assert torch.equal(logits(load_model(tmp_path, CPU, torch.float32)), expected)
 
 
+@pytest.mark.parametrize("shape", [(6, 8), (6, 64, 64), (6, 64, 2, 8)])
+def test_mxfp4_of_another_shape_is_refused_in_one_line(shape: tuple[int, ...], tmp_path: Path) -> None:
+    make_family("gpt_oss", tmp_path)
+    as_mxfp4(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.mlp.experts.down_proj_blocks"
+    assert tensors[name].shape == (6, 64, 2, 16)
+    save_file({**tensors, name: torch.zeros(shape, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"tensors do not fit config.json: .*experts.0.down_proj.weight is ") as raised:
+        load_model(tmp_path, CPU, torch.float32)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_a_stack_of_another_size_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     make_family(name, tmp_path)
