@@ -147,8 +147,10 @@ class ModelFiles:
         name = str(self.fields.get("dtype") or self.fields.get("torch_dtype")).removeprefix("torch.")
         if found := [dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{name}"]:
             return found[0]
-        plain = [header for header in read_headers(self.shards()).values() if header.form in DTYPES]
-        return DTYPES[max(plain, key=lambda header: math.prod(header.shape)).form] if plain else torch.bfloat16
+        with suppress(UserError):
+            plain = [header for header in read_headers(self.shards()).values() if header.form in DTYPES]
+            return DTYPES[max(plain, key=lambda header: math.prod(header.shape)).form] if plain else torch.bfloat16
+        return torch.float32  # there are no weights: training began with random ones, in float32
 
     def as_stored(self, paths: Sequence[Path] | None = None) -> ModelFiles:
         """Corrected by the stored weights, which take precedence over config.json; differences become notes.
