@@ -19,18 +19,7 @@ from nanoft import UserError
 from nanoft.blocks.rope import Rope
 from nanoft.io.untrusted import refuse_code
 from nanoft.model import DecoderConfig
-from nanoft.models import gemma4
 from nanoft.models import other_families as other
-from nanoft.models.expert_families import (
-    GPT_OSS,
-    GPT_OSS_ONLY,
-    NO_AUXILIARY_LOSS,
-    QWEN3_MOE,
-    ROUTER,
-    SIZES_OF_EXPERTS,
-    gpt_oss,
-    qwen3_moe,
-)
 from nanoft.models.layer_fields import (
     KINDS,
     ROPE_FIELDS,
@@ -88,7 +77,7 @@ SCORES = "ForSequenceClassification"  # the end of an architecture's name, inste
 MOST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12, "head_dim": 1 << 13, "n_positions": 1 << 24,
-    **SIZES_OF_EXPERTS, "linear_num_key_heads": 1 << 12, "linear_num_value_heads": 1 << 12,
+    **other.SIZES_OF_EXPERTS, "linear_num_key_heads": 1 << 12, "linear_num_value_heads": 1 << 12,
     "linear_key_head_dim": 1 << 13, "linear_value_head_dim": 1 << 13, "linear_conv_kernel_dim": 256,
     "conv_L_cache": 256,
 }  # fmt: skip
@@ -104,7 +93,7 @@ def decoder_config(hf: dict[str, Any]) -> DecoderConfig:
     wrapped, hf = text_fields(hf) is not hf, standard_fields(hf)
     for name, most in MOST.items():  # before anything of that size is allocated
         value, may_be_null = hf.get(name, 1), name.startswith(("num_key", "head_dim", "n_pos", "num_e", "moe_", "top_"))
-        least = 0 if name in SIZES_OF_EXPERTS and hf.get("shared_intermediate_size") else 1  # Granite 4 may have none
+        least = 0 if name in other.SIZES_OF_EXPERTS and hf.get("shared_intermediate_size") else 1  # Granite 4: or none
         if not (value is None and may_be_null) and (type(value) is not int or not least <= value <= most):
             raise UserError(f"{name}: {value!r:.60} is not a whole number from {least} to {most:,}")
     family = find_family(hf)
@@ -372,8 +361,6 @@ GEMMA_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
 }
 GEMMA_ONLY |= {"use_bidirectional_attention": (False,), "cache_implementation": ("hybrid",)}
-GEMMA4: dict[str, Any] = {"fields": gemma4.FIELDS, "gguf": "gemma4", "only": gemma4.ONLY}
-GEMMA4 |= {"stacked": "out, in", "beside_mlp": gemma4.BESIDE_MLP}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "residual_dropout"), (0.0,))
 GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 # Fields that only experts and state-space layers use.
@@ -390,14 +377,16 @@ FAMILIES: dict[str, Family] = {  # by model_type
     "ministral3": Family("Ministral3ForCausalLM", _ministral3, ("sliding_window",), "mistral3", {"sliding_window": ()}),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, QWEN, "qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, ("attention_bias", *QWEN), "qwen3"),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe, QWEN3_MOE, "qwen3moe", NO_AUXILIARY_LOSS, names=ROUTER),
-    "gpt_oss": Family("GptOssForCausalLM", gpt_oss, GPT_OSS, "gpt-oss", GPT_OSS_ONLY, stacked="in, out"),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", other.qwen3_moe, **other.QWEN3_MOE),
+    "gpt_oss": Family("GptOssForCausalLM", other.gpt_oss, **other.GPT_OSS),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, GEMMA, "gemma2", GEMMA_ONLY),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _gemma3, (*GEMMA, "sliding_window_pattern", "rope_local_base_freq"), "gemma3", GEMMA_ONLY
     ),
-    "gemma4_text": Family("Gemma4ForCausalLM", partial(gemma4.read, window=512, size=256), **GEMMA4),
-    "gemma4_unified_text": Family("Gemma4UnifiedForCausalLM", partial(gemma4.read, window=1024, size=0), **GEMMA4),
+    "gemma4_text": Family("Gemma4ForCausalLM", partial(other.gemma4, window=512, size=256), **other.GEMMA4),
+    "gemma4_unified_text": Family(
+        "Gemma4UnifiedForCausalLM", partial(other.gemma4, window=1024, size=0), **other.GEMMA4
+    ),
     "phi3": Family("Phi3ForCausalLM", _phi3, WINDOWS, "phi3", NO_DROPOUT),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, ("attention_bias",), "olmo2"),
     "olmo3": Family("Olmo3ForCausalLM", _olmo3, ("attention_bias", *WINDOWS), "olmo2"),
