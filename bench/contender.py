@@ -30,7 +30,7 @@ from nanoft.loss import token_nll
 from nanoft.model import Decoder
 from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.families import decoder_config
-from nanoft.nf4 import Linear4bit
+from nanoft.nf4 import quantize
 from nanoft.optim import build_optimizer
 from nanoft.recompute import keep_by_policy
 from nanoft.runtime.device import choose_device, seed_everything
@@ -296,7 +296,7 @@ def build_nanoft(args: argparse.Namespace, device: Any) -> Any:
         weight = random_weight(args, name, shape, device).to(dtype)
         place, _, leaf = name.rpartition(".")
         if args.nf4 and name.startswith("model.layers.") and weight.dim() == 2:
-            packed = Linear4bit(weight, None, "nf4", True, dtype)
+            packed = quantize(weight, ("nf4", True), dtype)
             parent, _, last = place.rpartition(".")
             setattr(model.get_submodule(parent), last, unpacked(packed) if args.dequant == "cached" else packed)
         else:

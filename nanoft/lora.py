@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 from nanoft import UserError
 from nanoft.blocks.moe import Router
-from nanoft.blocks.trained import PACKED, Adapter, TrainedCopy, TrainedRows, copied_modules, is_linear, token_rows
+from nanoft.blocks.trained import Adapter, TrainedCopy, TrainedRows, copied_modules, is_linear, token_rows
 from nanoft.config import LoRAConfig
 from nanoft.io.untrusted import time_limit
-from nanoft.nf4 import Frozen, matmul
+from nanoft.nf4 import Frozen, PackedLinear, matmul
 from nanoft.runtime.distributed import gathered
 
 WORDS = {"all-linear": "[.]layers[.]|_model_proj", "attention": "[.]self_attn[.]", "mlp": "[.]mlp[.]"}  # of names
@@ -246,7 +246,7 @@ def variant_of(lora: LoRAConfig) -> type[LoRALinear]:
 
 def weight_of(base: Frozen) -> Tensor:
     """W, (out, in); for a quantized linear, its dequantized weight."""
-    return base.dequantize() if isinstance(base, PACKED) else base.weight.detach()
+    return base.dequantize() if isinstance(base, PackedLinear) else base.weight.detach()
 
 
 def top_singular_factors(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +44,10 @@ CODES = {
 }  # fmt: skip
 
 
-class _Packed(nn.Module):
-    """y = x W^T + bias with a frozen W that is stored in parts: what the 4-bit and the 8-bit linear share."""
+class PackedLinear(nn.Module):
+    """y = x W^T + bias with a frozen W that is packed in 4 or 8 bits; drop-in for a frozen nn.Linear."""
 
-    NAMES: tuple[str, ...]  # of the parts, in the order that `unpack` takes them
+    NAMES = ("packed", "absmax", "nested_absmax", "nested_map", "offset")  # of the parts, in the order of `unpack`
     bias: nn.Parameter | None
 
     def __init__(self, parts: list[Tensor], shape: tuple[int, ...], kind: str, bias: Tensor | None, dtype: torch.dtype):
@@ -57,13 +57,6 @@ class _Packed(nn.Module):
         for name, part in zip(self.NAMES, parts, strict=False):
             self.register_buffer(name, part, persistent=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
-
-    @classmethod
-    def of_parts(cls, parts: list[Tensor], shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Self:
-        """A linear from packed parts; see `unpack` for them."""
-        layer = cls.__new__(cls)
-        _Packed.__init__(layer, parts, shape, kind, None, dtype)
-        return layer
 
     @property
     def parts(self) -> list[Tensor]:
@@ -79,43 +72,26 @@ class _Packed(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Linear4bit(_Packed):
-    """y = x W^T + bias with W packed in 4 bits and frozen; drop-in for a frozen nn.Linear."""
-
-    NAMES = ("packed", "absmax", "nested_absmax", "nested_map", "offset")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, kind: str, double: bool, dtype: torch.dtype):
-        """Quantize `weight`, (out, in) with a multiple of 64 numbers, on its device.
-
-        Args:
-            kind: "nf4" or "fp4".
-            double: quantize the blocks' scales to 8 bits as well.
-            dtype: of the bias, and what the weight is rounded to before it is packed and when it is unpacked.
-        """
-        if weight.numel() % BLOCK:
-            shape = tuple(weight.shape)
-            raise UserError(f"quantization.bits: {shape}: not a multiple of {BLOCK} weights: set quantization.bits=16")
-        packed, absmax = pack_4bit(weight.to(dtype), kind)
-        scales = pack_scales(absmax) if double else [absmax]
-        super().__init__([packed, *scales], weight.shape, kind, bias, dtype)
+Frozen = nn.Linear | PackedLinear  # a linear whose weight is not trained
 
 
-class Linear8bit(_Packed):
-    """y = x W^T + bias with W in 8 bits, a scale for each row, and frozen; drop-in for a frozen nn.Linear."""
+def quantize(
+    weight: Tensor, quantization: tuple[str, bool], dtype: torch.dtype, bias: Tensor | None = None
+) -> PackedLinear:
+    """The linear of `weight`, (out, in), on its device, in the form (nf4 | fp4 | int8, double).
 
-    NAMES = ("codes", "absmax")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        super().__init__(pack_8bit(weight.to(dtype)), weight.shape, "int8", bias, dtype)
-
-
-Frozen = nn.Linear | Linear4bit | Linear8bit  # a linear whose weight is not trained
-
-
-def quantize(weight: Tensor, quantization: tuple[str, bool], dtype: torch.dtype) -> Linear4bit | Linear8bit:
-    """The linear of `weight`, (out, in), in the form (nf4 | fp4 | int8, double), without a bias."""
-    kind, double = quantization
-    return Linear8bit(weight, None, dtype) if kind == "int8" else Linear4bit(weight, None, kind, double, dtype)
+    Args:
+        quantization: `double`: the scales of 4-bit blocks are quantized to 8 bits as well.
+        dtype: of the bias, and what the weight is rounded to before it is packed and when it is unpacked.
+    """
+    (kind, double), shape = quantization, tuple(weight.shape)
+    if kind == "int8":
+        return PackedLinear(pack_8bit(weight.to(dtype)), shape, kind, bias, dtype)
+    if weight.numel() % BLOCK:
+        raise UserError(f"quantization.bits: {shape}: not a multiple of {BLOCK} weights: set quantization.bits=16")
+    packed, absmax = pack_4bit(weight.to(dtype), kind)
+    scales = pack_scales(absmax) if double else [absmax]
+    return PackedLinear([packed, *scales], shape, kind, bias, dtype)
 
 
 # --- matrix products: all that an adapter needs of its base
@@ -139,7 +115,7 @@ class _FrozenMatmul(torch.autograd.Function):
     """`matmul` with `matmul_backward`; only the layer itself is saved for backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Linear4bit | Linear8bit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
         return matmul(layer, x)
 

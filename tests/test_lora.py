@@ -26,7 +26,7 @@ from nanoft.models.adapter_files import adapter_tensors, load_adapter_tensors
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
-from nanoft.nf4 import Linear4bit
+from nanoft.nf4 import quantize
 from nanoft.training.self_test import (
     PRODUCT,
     adapter_effect,
@@ -188,7 +188,7 @@ def test_the_norm_of_each_row_is_that_of_the_sum(base_dtype: Any, size: float) -
     linear: Any = nn.Linear(256, 96, bias=False)
     linear.weight.data = weight.to(base_dtype) if base_dtype != "nf4" else weight
     if base_dtype == "nf4":
-        linear = Linear4bit(weight, None, "nf4", False, torch.float32)
+        linear = quantize(weight, ("nf4", False), torch.float32)
     layer = variant_of(variant("dora"))(linear, variant("dora"), generator)
     assert torch.equal(layer.norm(torch.float32), layer.lora_magnitude_vector)
     with torch.no_grad():

@@ -21,8 +21,7 @@ from nanoft.blocks.double_quantization import dynamic_map, pack_scales
 from nanoft.nf4 import (
     CODES,
     Frozen,
-    Linear4bit,
-    Linear8bit,
+    PackedLinear,
     matmul,
     matmul_backward,
     pack_4bit,
@@ -179,7 +178,7 @@ def test_rows_that_are_no_multiple_of_64_are_unpacked_with_their_own_scales(
 ) -> None:
     """bitsandbytes 0.50 itself, asked for such a shape on a CPU with AVX-512, takes the scales of other blocks."""
     w = weight(*shape) * torch.arange(1, shape[0] + 1)[:, None]
-    found = Linear4bit(w, None, "nf4", False, torch.float32).dequantize()
+    found = quantize(w, ("nf4", False), torch.float32).dequantize()
     assert found.shape == w.shape
     blocks, errors = w.view(-1, 64), (found - w).view(-1, 64)
     widest = (CODES["nf4"][1] - CODES["nf4"][0]) / 2  # no value is farther from a code point
@@ -205,7 +204,7 @@ def test_8_bits_are_those_of_bitsandbytes(dtype: torch.dtype) -> None:
 def test_8_bits_of_a_row_of_almost_nothing_are_finite(value: float) -> None:
     w = weight(4, 64)
     w[2] = value
-    unpacked = Linear8bit(w, None, torch.float32).dequantize()
+    unpacked = quantize(w, ("int8", False), torch.float32).dequantize()
     assert (unpacked - w).abs().max() <= w.abs().max() / 254 * 1.001
 
 
@@ -218,7 +217,7 @@ def test_dequantised_nf4_is_the_nearest_code_point_times_absmax(backend: str) ->
     scale = blocks.abs().amax(1, keepdim=True)
     codes = torch.tensor(CODES["nf4"])
     nearest = codes[(blocks / scale)[..., None].sub(codes).abs().argmin(-1)] * scale
-    layer = Linear4bit(w, None, "nf4", False, torch.float32)
+    layer = quantize(w, ("nf4", False), torch.float32)
     assert (layer.dequantize().reshape(-1, 64) - nearest).abs().max() < 1e-6
 
 
@@ -239,7 +238,7 @@ def test_forward_and_input_gradient_equal_bitsandbytes(
     kind: str, double: bool, dtype: torch.dtype, backend: str
 ) -> None:
     w = weight().to(dtype)
-    ours = Linear4bit(w, None, kind, double, dtype)
+    ours = quantize(w, (kind, double), dtype)
     theirs = bnb.nn.Linear4bit(128, 96, bias=False, compute_dtype=dtype, compress_statistics=double, quant_type=kind)
     theirs.weight = bnb.nn.Params4bit(w.clone(), requires_grad=False, compress_statistics=double, quant_type=kind)
     theirs = theirs.to("cpu")
@@ -317,7 +316,7 @@ def kept(model: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
 class Mixed(nn.Module):
     """A packed layer between two ordinary things that save something; or the same, open to the compiler."""
 
-    def __init__(self, layer: Linear4bit | Linear8bit, opaque: bool):
+    def __init__(self, layer: PackedLinear, opaque: bool):
         super().__init__()
         self.layer, self.opaque, self.scale = layer, opaque, nn.Parameter(torch.ones(96))
 
@@ -357,8 +356,8 @@ def test_a_compiled_layer_never_keeps_the_unpacked_weight(form: tuple[str, bool]
 def test_bias_is_added_and_nothing_trains() -> None:
     bias = torch.arange(96.0)
     for make in (
-        lambda b: Linear4bit(weight(), b, "nf4", True, torch.float32),
-        lambda b: Linear8bit(weight(), b, torch.float32),
+        lambda b: quantize(weight(), ("nf4", True), torch.float32, b),
+        lambda b: quantize(weight(), ("int8", False), torch.float32, b),
     ):
         with_bias, without = make(bias), make(None)
         x = torch.randn(2, 128)
@@ -368,8 +367,8 @@ def test_bias_is_added_and_nothing_trains() -> None:
 
 def test_a_weight_that_does_not_fill_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="multiple of 64"):
-        Linear4bit(torch.randn(3, 5), None, "nf4", True, torch.float32)
-    assert Linear8bit(torch.randn(3, 5), None, torch.float32).dequantize().shape == (3, 5)
+        quantize(torch.randn(3, 5), ("nf4", True), torch.float32)
+    assert quantize(torch.randn(3, 5), ("int8", False), torch.float32).dequantize().shape == (3, 5)
 
 
 def test_which_way_unpacks_where(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from nanoft import UserError
 from nanoft.config import LoRAConfig
-from nanoft.nf4 import Linear4bit, Linear8bit
-
-PACKED = (Linear4bit, Linear8bit)
+from nanoft.nf4 import PackedLinear
 
 
 class Adapter(nn.Module):
@@ -95,7 +93,7 @@ class TrainedRows(Adapter):
 
     def __init__(self, base: nn.Module, ids: Sequence[int]):
         super().__init__(base)
-        stored: Tensor = base.row_values(ids) if hasattr(base, "row_values") else base.weight[list(ids)]  # type: ignore
+        stored = self.base.weight[list(ids)]
         self.register_parameter("bias", None)
         self.rows = nn.Parameter(stored.detach().to(torch.float32, copy=True))
         self.register_buffer("ids", torch.tensor(ids, device=stored.device), persistent=False)
@@ -128,7 +126,7 @@ def copied_modules(model: nn.Module, lora: LoRAConfig, targets: set[str]) -> dic
     for name, leaf in leaves.items():
         if any(is_inside(name, saved) for saved in lora.modules_to_save):
             copies[name] = ("weight", "bias")
-            if isinstance(leaf, PACKED):
+            if isinstance(leaf, PackedLinear):
                 raise UserError(f"lora.modules_to_save: {name} is quantized: set quantization.bits=16 or target it")
         elif lora.bias == "all" and getattr(leaf, "bias", None) is not None and name not in targets:
             copies[name] = ("bias",)
@@ -166,4 +164,4 @@ def has_weight(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, *PACKED))
+    return isinstance(module, (nn.Linear, PackedLinear))

@@ -25,9 +25,9 @@ from nanoft.kernels import fused
 from nanoft.kernels.attention import FastContext
 from nanoft.lora import VARIANTS, LoRALinear
 from nanoft.model import MLP, Block, SelfAttention, identity, select
-from nanoft.nf4 import Frozen, Linear4bit, Linear8bit, matmul_backward
+from nanoft.nf4 import Frozen, PackedLinear, matmul_backward
 
-LINEARS = {nn.Linear, Linear4bit, Linear8bit}
+LINEARS = {nn.Linear, PackedLinear}
 OUTPUTS: dict[type[nn.Module], str] = {SelfAttention: "o_proj", GatedDeltaNet: "out_proj", ShortConv: "out_proj"}
 Prepare = Callable[..., Tensor]  # from what is kept to the linears' input
 

@@ -22,11 +22,11 @@ from nanoft.blocks.deltanet import GatedDeltaNet
 from nanoft.blocks.moe import Experts, MLPAndExperts
 from nanoft.blocks.norms import NORM_KINDS
 from nanoft.blocks.short_conv import ShortConv
-from nanoft.blocks.trained import PACKED
 from nanoft.kernels.block import LINEARS, FastBlock
 from nanoft.kernels.experts import FastExperts, FastMLP
 from nanoft.lora import VARIANTS, LoRALinear, linears_of, weight_of
 from nanoft.model import MLP, Block, Decoder, SelfAttention
+from nanoft.nf4 import PackedLinear
 from nanoft.runtime.memory import available_bytes, available_host_bytes
 
 Function = Callable[..., Tensor]
@@ -156,7 +156,7 @@ def choose_build(model: Decoder) -> Build | None:
     """How to make the linears of the model's twin, if there is memory for a second copy of the weights."""
     if should_prepack(model):
         return prepacked
-    packed = [linear for linear in linears_of(model).values() if isinstance(linear, PACKED)]
+    packed = [linear for linear in linears_of(model).values() if isinstance(linear, PackedLinear)]
     copies = sum(linear.out_features * linear.in_features for linear in packed) * model.dtype.itemsize  # bytes
     same = {linear.dtype for linear in packed} == {model.dtype}
     return plain if same and copies <= MEMORY_SHARE * available_bytes(model.device) else None

@@ -28,7 +28,7 @@ from nanoft.blocks.double_quantization import NESTED
 from nanoft.blocks.norms import RMSNorm
 from nanoft.blocks.rope import Rope
 from nanoft.model import ACTIVATIONS, MLP, DecoderConfig, SelfAttention
-from nanoft.nf4 import BLOCK, CODES, Linear4bit, unpack_table
+from nanoft.nf4 import BLOCK, CODES, quantize, unpack_table
 
 BLOCKS = 16  # blocks of 64 weights that one program unpacks
 WIDTH = 1024  # numbers of a row that one program activates
@@ -318,10 +318,8 @@ def with_formulas(
     attn = SelfAttention(config, 0).to(x.device, dtype)
     for norm in (attn.q_norm, attn.k_norm):
         norm.weight = nn.Parameter(weight, requires_grad=False)
-    context, packed = (
-        SequenceContext([Rotation(cos, sin)]),
-        Linear4bit(x.detach().view(length, -1), None, "nf4", True, dtype),
-    )
+    context = SequenceContext([Rotation(cos, sin)])
+    packed = quantize(x.detach().view(length, -1), ("nf4", True), dtype)
     pairs: dict[str, Any] = {
         "4-bit weights": (
             lambda: unpack_4bit(packed.parts, "nf4", dtype), lambda: unpack_table(packed.parts, "nf4", dtype),

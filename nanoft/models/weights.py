@@ -38,7 +38,7 @@ from nanoft.models.model_files import (
     is_block_linear,
     is_packed,
 )
-from nanoft.nf4 import BLOCK, CODES, Linear4bit, Linear8bit, packed_bytes, quantize
+from nanoft.nf4 import BLOCK, CODES, PackedLinear, packed_bytes, quantize
 from nanoft.runtime import distributed
 from nanoft.runtime.memory import available_bytes
 
@@ -70,7 +70,7 @@ class WeightFiles:
             raise UserError(f"{header.path}: {header.name} contains NaN or infinity: download the model again")
         return tensor
 
-    def read_packed(self, name: str, dtype: torch.dtype, device: torch.device) -> Linear4bit | Linear8bit:
+    def read_packed(self, name: str, dtype: torch.dtype, device: torch.device) -> PackedLinear:
         """The linear of a packed weight, without its bias."""
         assert self.stored is not None
         place = name.removesuffix("weight")
@@ -242,13 +242,13 @@ def stored_tensors(shape: tuple[int, ...], quantization: Quantization) -> Stored
 
 def read_stored(
     tensors: dict[str, Tensor], shape: tuple[int, ...], quantization: Quantization, dtype: torch.dtype
-) -> Linear4bit | Linear8bit:
+) -> PackedLinear:
     """The linear, (out, in), of the tensors that `stored_tensors` names; for 8 bits, a `weight_format` as well."""
     kind, double = quantization
     if kind == "int8":
         if (tensors.get("weight_format", torch.tensor(0)) != 0).any():
             raise UserError("weight_format: not row-major: save the model again with bitsandbytes 0.45 or newer")
-        return Linear8bit.of_parts([tensors["weight"], tensors["SCB"]], shape, kind, dtype)
+        return PackedLinear([tensors["weight"], tensors["SCB"]], shape, kind, None, dtype)
     offset = _read_offset(tensors[f"weight.quant_state.bitsandbytes__{kind}"], shape, quantization)
     if not torch.allclose(tensors["weight.quant_map"].cpu(), torch.tensor(CODES[kind]), atol=1e-4):
         raise UserError(f"weight.quant_map: not the code points of {kind}")
@@ -256,7 +256,7 @@ def read_stored(
     if double:
         scales += [tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"]]
         scales += [torch.tensor(offset, dtype=torch.float32, device=scales[0].device)]
-    return Linear4bit.of_parts([tensors["weight"], *scales], shape, kind, dtype)
+    return PackedLinear([tensors["weight"], *scales], shape, kind, None, dtype)
 
 
 def _read_offset(note: Tensor, shape: tuple[int, ...], quantization: Quantization) -> float:
@@ -295,7 +295,7 @@ def cache_weights(model: nn.Module, policy: str, dtype: torch.dtype | None = Non
 
     `dtype`: the model's, if it differs from the dtype of its dequantized weights.
     """
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))]
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedLinear)]
     if not layers:
         return "per_use"
     codes = layers[0][1].parts[0]

@@ -49,7 +49,7 @@ from nanoft.models.adapter_files import hash_tensors, load_adapter_tensors, voca
 from nanoft.models.model_files import ModelFiles, check_quantization, described_files, quantization_of
 from nanoft.models.open import TrainedAdapter, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import add_score, cache_weights, grow_vocabulary, load_model
-from nanoft.nf4 import Linear4bit, Linear8bit
+from nanoft.nf4 import PackedLinear
 from nanoft.objectives import OBJECTIVES, trains_score
 from nanoft.objectives.rollouts import with_room_for_answers
 from nanoft.optim import warmup_steps
@@ -68,7 +68,7 @@ Provenance = dict[str, Any]  # what a run depends on: versions, hashes of data, 
 SHAPE = """
     rank alpha target_modules rank_pattern alpha_pattern rslora dora bias modules_to_save trainable_token_indices
 """.split()  # noqa: SIM905
-CODES = {*Linear4bit.NAMES, *Linear8bit.NAMES}  # parts of packed weights, parameters of a sharded model
+CODES = set(PackedLinear.NAMES)  # parts of packed weights, parameters of a sharded model
 IDENTITY = ("config_sha256", "data_sha256", "base_sha256", "versions")  # the part that each checkpoint records
 
 
@@ -354,7 +354,7 @@ def describe_parameters(model: Decoder) -> list[str]:
             if part not in CODES:
                 form = str(p.dtype).removeprefix("torch.")
                 own[f"trained in {form}{rank}" if p.requires_grad else f"frozen in {form}"] += p.numel()
-        if isinstance(module, (Linear4bit, Linear8bit)):
+        if isinstance(module, PackedLinear):
             own[f"frozen in {module.kind}"] += module.in_features * module.out_features
     said = {kind: "; ".join(f"{count:,} {how}" for how, count in own.items()) for kind, own in found.items() if own}
     return [f"{kind}: {text}" for kind, text in said.items()]
@@ -378,7 +378,7 @@ def plan_warnings(planner: Planner, files: ModelFiles, longest: int, total_steps
 def print_summary(ctx: TrainContext, state: TrainState, seconds_per_step: float) -> None:
     """Print the set-up of the run: its device, what is trained, how long it will take."""
     c, t, say = ctx.config, ctx.config.training, ctx.run.print
-    packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, (Linear4bit, Linear8bit)))
+    packed = sum(m.in_features * m.out_features for m in ctx.model.modules() if isinstance(m, PackedLinear))
     total = packed + sum(p.numel() for n, p in ctx.model.named_parameters() if n.rpartition(".")[2] not in CODES)
     trainable = sum(p.numel() for _, p in ctx.trained)
     kind = f"{'DoRA' if c.lora.dora else 'LoRA'} rank {c.lora.rank}" if ctx.adapters else "every parameter"

@@ -10,7 +10,7 @@ import torch
 from nanoft import UserError
 from nanoft.evaluation.quantization import compare_quantization
 from nanoft.models.open import open_model
-from nanoft.nf4 import Linear4bit, quantize
+from nanoft.nf4 import PackedLinear, quantize
 from tiny_models import make_chat_model, train_run, write_records
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_base_and_adapter_are_evaluated_on_both_weights(tmp_path: Path) -> None:
     pairs = [(i, j) for i in range(4) for j in range(i)]
     assert all(not torch.equal(logits[i], logits[j]) for i, j in pairs)  # four different models
     for name, adapter in loaded.adapters.items():
-        assert isinstance(adapter.base, Linear4bit)
+        assert isinstance(adapter.base, PackedLinear)
         expected = quantize(original[name], ("nf4", True), torch.float32).dequantize()
         assert torch.equal(adapter.base.dequantize(), expected)
 

@@ -62,7 +62,7 @@ def random(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("kind", nf4.CODES)
 def test_four_bits_are_unpacked_as_by_bitsandbytes(kind: str, double: bool, dtype: torch.dtype) -> None:
     """72 x 320 weights are 360 blocks of 64: the last program has 8 of its 16, and there are two nested blocks."""
-    layer = nf4.Linear4bit(random(torch.float32, 72, 320), None, kind, double, dtype)
+    layer = nf4.quantize(random(torch.float32, 72, 320), (kind, double), dtype)
     found, expected = own.unpack_4bit(layer.parts, kind, dtype), nf4.unpack_bitsandbytes(layer.parts, kind, dtype)
     if DEVICE.type == "cpu" and dtype == torch.bfloat16:  # the interpreter truncates
         torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=0)

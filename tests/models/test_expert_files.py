@@ -25,7 +25,7 @@ from nanoft.models.families import decoder_config
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
-from nanoft.nf4 import Linear4bit
+from nanoft.nf4 import PackedLinear, quantize
 from nanoft.training.memory_plan import count_parameters
 from nanoft.training.plan import gflop_per_token
 from nanoft.training.setup import describe_parameters
@@ -87,9 +87,9 @@ def test_gpt_oss_in_mxfp4_is_what_it_stands_for(tmp_path: Path) -> None:
     assert (logits(model) - logits(reference)).abs().max() < 1e-4
     packed = load_model(tmp_path / "base", CPU, torch.float32, NF4)
     expert = packed.get_submodule("model.layers.1.mlp.experts.5.down_proj")
-    assert isinstance(expert, Linear4bit)
+    assert isinstance(expert, PackedLinear)
     own = weights["model.layers.1.mlp.experts.down_proj"][5].t().float()
-    assert torch.equal(expert.dequantize(), Linear4bit(own, None, *NF4, torch.float32).dequantize())
+    assert torch.equal(expert.dequantize(), quantize(own, NF4, torch.float32).dequantize())
     make_adapter(tmp_path / "base", tmp_path / "adapter")
     assert merge.main([str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]) == 0
     merged = load_file(tmp_path / "merged" / "model.safetensors")

@@ -38,7 +38,7 @@ from nanoft.models.families import FAMILIES
 from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import open_model, read_trained_adapter
 from nanoft.models.weights import load_model, save_model
-from nanoft.nf4 import Linear4bit
+from nanoft.nf4 import PackedLinear
 from nanoft.objectives import build_objective
 from nanoft.training.memory_plan import count_parameters, estimate_memory
 from tiny_models import make_packed
@@ -278,7 +278,7 @@ def test_a_step_with_adapters_of_experts_is_that_of_peft(
     if form:
         plain = load_model(base, CPU, torch.float32)
         modules = load_model(base, CPU, torch.float32, form).named_modules()
-        packed = {key: module for key, module in modules if isinstance(module, Linear4bit)}
+        packed = {key: module for key, module in modules if isinstance(module, PackedLinear)}
         assert len(packed) == sum(key.endswith("_proj.weight") for key, _ in plain.named_parameters())
         for key, linear in packed.items():
             plain.get_submodule(key).weight.data = linear.dequantize()

@@ -37,7 +37,7 @@ from nanoft.models.weights import (
     stored_tensors,
     write_config,
 )
-from nanoft.nf4 import Linear4bit, Linear8bit, matmul, matmul_backward, packed_bytes, quantize
+from nanoft.nf4 import PackedLinear, matmul, matmul_backward, packed_bytes, quantize
 from tiny_models import make_chat_model, make_packed, make_reference
 
 CPU = torch.device("cpu")
@@ -233,8 +233,7 @@ def test_quantising_while_loading_equals_quantizing_afterwards(form: tuple[str, 
             packed = quantize(linear.weight.detach(), form, torch.float32)
             packed.bias = linear.bias
             setattr(whole.get_submodule(parent), last, packed)
-    kind = Linear8bit if form[0] == "int8" else Linear4bit
-    assert sum(isinstance(module, kind) for module in streamed.modules()) == 21
+    assert [layer.kind for layer in linears(streamed, PackedLinear).values()] == [form[0]] * 21
     assert torch.equal(logits(streamed), logits(whole))
     assert (logits(streamed) - logits(load(tmp_path))).abs().max() > 0.01  # not what it was
 
@@ -277,7 +276,7 @@ def test_a_model_in_4_bits_has_the_weights_and_logits_of_transformers(
     directory = packed / f"{form[0]}-{form[1]}"
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     ours = load_model(directory, CPU, torch.float32, unpacked_dtype=dtype)
-    found = linears(ours, Linear4bit)
+    found = linears(ours, PackedLinear)
     assert len(found) == 21
     for name, layer in found.items():
         other = theirs.get_submodule(name).weight
@@ -294,7 +293,7 @@ def test_a_model_in_8_bits_has_the_weights_of_transformers(packed: Path) -> None
     theirs = AutoModelForCausalLM.from_pretrained(packed / "int8-False", dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(packed / "source", attn_implementation="eager")
     ours = load(packed / "int8-False")
-    found = linears(ours, Linear8bit)
+    found = linears(ours, PackedLinear)
     assert len(found) == 21
     for name, layer in found.items():
         other = theirs.get_submodule(name).weight
@@ -310,7 +309,7 @@ def test_modules_that_were_left_out_of_packing_stay_as_they_are(packed: Path, tm
     settings = settings_of(("nf4", True))
     theirs = make_packed(packed / "source", tmp_path, llm_int8_skip_modules=["down_proj", "lm_head"], **settings)
     ours = load(tmp_path)
-    assert len(linears(ours, Linear4bit)) == 18
+    assert len(linears(ours, PackedLinear)) == 18
     assert {name.rpartition(".")[2] for name in linears(ours, torch.nn.Linear)} == {"down_proj"}
     assert (logits(ours) - logits(theirs.train())).abs().max() < 1e-4
 
@@ -417,8 +416,8 @@ def weight(rows: int = 96, columns: int = 128) -> Tensor:
 
 
 def small_model() -> nn.Sequential:
-    first = Linear4bit(weight(), None, "nf4", True, torch.bfloat16)
-    second = Linear8bit(weight(64, 96), torch.arange(64.0), torch.bfloat16)
+    first = quantize(weight(), ("nf4", True), torch.bfloat16)
+    second = quantize(weight(64, 96), ("int8", False), torch.bfloat16, torch.arange(64.0))
     return nn.Sequential(first, nn.SiLU(), nn.Sequential(second), nn.Linear(64, 4, dtype=torch.bfloat16))
 
 
@@ -428,7 +427,7 @@ def test_cached_weights_are_frozen_linears_with_the_same_products() -> None:
     hidden, head, bias = model[:2](x), model[3], model[2][0].bias
     products = [matmul(model[0], x), matmul(model[2][0], hidden), matmul_backward(model[0], hidden)]
     assert cache_weights(model, "auto") == cache_weights(model, "per_use") == "per_use"  # on a CPU
-    assert isinstance(model[0], Linear4bit)
+    assert isinstance(model[0], PackedLinear)
     assert cache_weights(model, "cached") == "cached"
     first, second = model[0], model[2][0]
     assert type(first) is type(second) is nn.Linear
@@ -470,7 +469,7 @@ def test_memory_decides_on_cuda() -> None:
 MEASURE = """
     import sys, torch
     from pathlib import Path
-    from nanoft.nf4 import Linear4bit
+    from nanoft.nf4 import quantize
     from nanoft.models.weights import load_model
 
     def resident(field):
@@ -478,7 +477,7 @@ MEASURE = """
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
     torch.set_num_threads(1)
-    Linear4bit(torch.randn(64, 64), None, "nf4", True, torch.float32).dequantize()  # libraries are there before we look
+    quantize(torch.randn(64, 64), ("nf4", True), torch.float32).dequantize()  # libraries are there before we look
     for directory in sys.argv[1:]:
         for dtype, quantization in ((torch.bfloat16, ("nf4", True)), (torch.bfloat16, None), (torch.float32, None)):
             open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
@@ -697,11 +696,11 @@ def test_a_run_an_adapter_and_a_model_open_as_what_they_are(runs: Path) -> None:
     run, adapter = open_float32(runs / "qlora"), open_float32(runs / "qlora" / "adapter")
     assert torch.equal(opened_logits(run), opened_logits(adapter))
     assert (run.quantization, run.dtype, run.base_directory) == (("nf4", True), torch.bfloat16, runs / "base")
-    packed = [m for m in run.model.modules() if isinstance(m, Linear4bit)]
+    packed = [m for m in run.model.modules() if isinstance(m, PackedLinear)]
     assert len(packed) == 14
     assert {m.dequantize().dtype for m in packed} == {torch.bfloat16}  # rounded as it was in training
     original = open_float32(runs / "qlora", original_base=True)
-    assert not any(isinstance(module, Linear4bit) for module in original.model.modules())
+    assert not any(isinstance(module, PackedLinear) for module in original.model.modules())
     assert original.quantization == ("nf4", True)
     base, full = open_float32(runs / "base"), open_float32(runs / "full")
     assert (base.adapters, full.adapters) == ({}, {})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import train
 from nanoft.config import LoRAConfig
 from nanoft.lora import LoRALinear, PiSSALinear, inject_lora
-from nanoft.nf4 import Linear4bit
+from nanoft.nf4 import quantize
 from nanoft.tracking.rank_usage import (
     MIN_STEPS,
     RankUsage,
@@ -109,7 +109,7 @@ def test_entropy_and_energy_by_hand(values: list[float]) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_adapter_is_measured_as_its_whole_update_says(packed: bool) -> None:
-    base: Any = Linear4bit(random(96, 64), None, "nf4", False, torch.float32) if packed else nn.Linear(64, 96)
+    base: Any = quantize(random(96, 64), ("nf4", False), torch.float32) if packed else nn.Linear(64, 96)
     (adapter,) = adapters_on({"q_proj": base}, rank=6, alpha=9.0).values()
     with torch.no_grad():
         adapter.lora_B.copy_(random(96, 6, seed=5))
