@@ -34,13 +34,9 @@ MXFP4, MXFP4_SCALE, GROUP = "MXFP4", "_scales", 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def expert_headers(found: Mapping[str, TensorHeader], transposed: bool, apart: bool) -> dict[str, TensorHeader]:
-    """Headers with one for each linear of an expert in the place of stacks.
-
-    Args:
-        transposed: stacks are (experts, in, out).
-        apart: gate and up are linears of their own, one after the other in a stack of both.
-    """
+def expert_headers(found: Mapping[str, TensorHeader], apart: bool) -> dict[str, TensorHeader]:
+    """Headers with one for each linear of an expert in the place of stacks; `apart`: gate and up are linears of their
+    own, one after the other in a stack of both."""
     headers = dict[str, TensorHeader]()
     for name, header in found.items():
         stack = STACK.match(name)
@@ -51,13 +47,11 @@ def expert_headers(found: Mapping[str, TensorHeader], transposed: bool, apart: b
         shape, suffix = header.shape[1:], {"_bias": ".bias", "_scales": f".weight{MXFP4_SCALE}"}.get(kind, ".weight")
         if kind == "_blocks" and shape[2:] == (GROUP // 2,):  # (out, groups, 16) bytes
             header, shape = replace(header, form=MXFP4), (shape[0], GROUP * shape[1])
-        turned = transposed and not kind
-        shape = shape[::-1] if turned else shape
         parts = ("gate_proj", "up_proj") if apart and part == GATE_UP else (part,)
         shape = (shape[0] // len(parts), *shape[1:])
         for expert in range(header.shape[0]):
             for number, own in enumerate(parts):
-                one = replace(header, shape=shape, transposed=turned, expert=expert, first=number * shape[0])
+                one = replace(header, shape=shape, expert=expert, first=number * shape[0])
                 headers[f"{place}.{expert}.{own}{suffix}"] = one
     return headers
 

@@ -21,7 +21,7 @@ from nanoft.io.hub import download, reason_of
 from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
-from nanoft.models.expert_files import expert_headers
+from nanoft.models.expert_files import MXFP4, expert_headers
 from nanoft.models.families import FAMILIES, decoder_config, file_name, main_rope, module_name, regroup, standard_fields
 from nanoft.nf4 import CODES
 
@@ -185,16 +185,18 @@ class ModelFiles:
 
     def is_transposed(self, name: str) -> bool:
         """Whether a decoder's weight is stored as (in, out) in such a directory."""
-        return FAMILIES[self.decoder.family].transposed and is_block_linear(name)
+        family = FAMILIES[self.decoder.family]
+        turned = family.transposed or (family.stacked == "in, out" and ".experts." in name)
+        return turned and is_block_linear(name)
 
     def headers(self, paths: Sequence[Path] | None = None) -> dict[str, TensorHeader]:
         """The result of `read_headers` for the model's files, or for `paths`, with the decoder's shapes."""
         found = read_headers(paths or self.shards())
         if self.decoder.routing:
-            turned, apart = FAMILIES[self.decoder.family].stacked == "in, out", self.decoder.mlp == "gated"
-            found = {regroup(self.decoder, name): own for name, own in expert_headers(found, turned, apart).items()}
-        for name, own in found.items():
-            if self.is_transposed(name) and not is_packed(found, name):  # bitsandbytes has transposed it
+            apart = self.decoder.mlp == "gated"
+            found = {regroup(self.decoder, name): own for name, own in expert_headers(found, apart).items()}
+        for name, own in found.items():  # packed weights are (out, in)
+            if self.is_transposed(name) and own.form != MXFP4 and not is_packed(found, name):
                 found[name] = replace(own, shape=own.shape[::-1], transposed=True)
         return found
 

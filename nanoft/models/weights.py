@@ -8,7 +8,7 @@ packed stay packed; `cache_weights` dequantizes weights once, for speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -336,29 +336,25 @@ def with_towers(
 ) -> tuple[Specs, ReadTensor]:
     """The tensors of an exported model, and a function that reads each: the decoder's, of the given shapes, under the
     names of its base, and then the base's other towers, unchanged."""
-    stacks, names = dict[str, list[str]](), {base.stored_name(name): name for name in shapes}
-    form = FAMILIES[base.decoder.family].stacked
-    step = -1 if form == "in, out" else 1  # of the axes of an expert
-    if form:
-        for new in list(names):
-            if (stack := stack_name(new)) != new:
-                stacks.setdefault(stack, []).append(names.pop(new))
+    family, groups = FAMILIES[base.decoder.family], dict[str, list[str]]()
+    for name in shapes:  # the decoder's tensors in each of the file: one, or those of all experts
+        new = base.stored_name(name)
+        groups.setdefault(stack_name(new) if family.stacked else new, []).append(name)
     if packed := [header for header in base.towers.values() if header.form not in DTYPES]:
         raise UserError(f"{packed[0].path}: {packed[0].name} is quantized ({packed[0].form}): name the original model")
-    turned = {new for new, name in names.items() if base.is_transposed(name)}
-    specs = {new: (dtype, shapes[name][:: -1 if new in turned else 1]) for new, name in names.items()}
+    specs: Specs = {}
+    for new, own in groups.items():
+        shape = shapes[own[0]][:: -1 if base.is_transposed(own[0]) else 1]
+        specs[new] = (dtype, shape if new == base.stored_name(own[0]) else (len(own), *shape))
     specs |= {name: (DTYPES[header.form], header.shape) for name, header in base.towers.items()}
-    specs |= {new: (dtype, (len(own), *shapes[own[0]][::step])) for new, own in stacks.items()}
 
-    def one(name: str) -> Tensor:
-        found = read(name)
-        return found if isinstance(found, Tensor) else torch.cat([*found])
-
-    def stored(new: str) -> Tensor | Iterable[Tensor]:
-        if new in stacks:
-            return (one(name).t() if step < 0 else one(name) for name in stacks[new])
-        found = read(names[new]) if new in names else base.towers[new].read()
-        return one(names[new]).t() if new in turned else found
+    def stored(new: str) -> Iterator[Tensor]:
+        if new in base.towers:
+            yield base.towers[new].read()
+        for name in groups.get(new, ()):
+            found = read(name)
+            parts = [found] if isinstance(found, Tensor) else found
+            yield from [torch.cat([*parts]).t()] if base.is_transposed(name) else parts
 
     return specs, stored
 
