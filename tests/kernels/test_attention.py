@@ -58,7 +58,8 @@ def test_in_bfloat16_on_a_cpu_results_stay_within_two_roundings_of_float64(
     towards = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = torch.autograd.grad(expected, exact, towards)
 
-    assert describe(parts[0], Scores(1.0), False) == ("PyTorch's kernel for cpu" if has_amx else "chunks of 256 queries")
+    expected_kernel = "PyTorch's kernel for cpu" if has_amx else "chunks of 256 queries"
+    assert describe(parts[0], Scores(1.0), False) == expected_kernel
     y = attend(*parts, Scores(8**-0.5))
     found = [y, *torch.autograd.grad(y, parts, towards.bfloat16())]
     for own, other in zip(found, [expected, *wanted], strict=True):
