@@ -248,11 +248,7 @@ class GGUFWeights(Rows):
     """Reads the weights of an exported file back, in the form of Hugging Face files and in float32."""
 
     def __init__(self, path: Path, config: DecoderConfig):
-        self.config, self.gguf, self.multiple = config, _import_gguf(), config.head_dim  # heads are permuted whole
-        self.multiple *= 3 * config.num_heads if config.qkv == "interleaved" else 1  # or all of them
-        if config.delta:
-            self.multiple = 2 * config.delta.key_heads * config.delta.key_dim
-            self.multiple += config.delta.value_heads * config.delta.value_dim
+        self.config, self.gguf, self.latest = config, _import_gguf(), ("", torch.empty(0))  # its name, its numbers
         with torch.device("meta"):
             blank = Decoder(config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in blank.named_parameters()}
@@ -260,15 +256,12 @@ class GGUFWeights(Rows):
         self.tensors = {name: [stored[part] for part in names(name)] for name in self.shapes}
 
     def read(self, name: str, rows: slice) -> Tensor:
-        found, start, expert = [], 0, re.search(r"\.experts\.(\d+)\.", name)
-        alternate = self.config.mlp == "interleaved" and ".gate_up_proj." in name  # both have every second row
-        rows = slice(rows.start // 2, rows.stop // 2) if alternate else rows
-        for tensor in self.tensors[name]:  # stacked by rows
-            whole = tensor.data[int(expert[1])] if expert else tensor.data
-            data = whole[max(0, rows.start - start) : max(0, rows.stop - start)]
-            found += [self.gguf.quants.dequantize(data, tensor.tensor_type)] if len(data) else []
-            start += 0 if alternate else len(whole)
-        return to_llama_cpp(torch.from_numpy(np.concatenate(found)), name, self.config, back=True)
+        if self.latest[0] != name:  # a tensor is read whole, because llama.cpp's order of rows may be another
+            expert = re.search(r"\.experts\.(\d+)\.", name)
+            parts = [(t.data[int(expert[1])] if expert else t.data, t.tensor_type) for t in self.tensors[name]]
+            whole = torch.from_numpy(np.concatenate([self.gguf.quants.dequantize(*part) for part in parts]))
+            self.latest = name, to_llama_cpp(whole, name, self.config, back=True)
+        return self.latest[1][rows]
 
 
 def verify_gguf(opened: LoadedModel, path: Path, prompts: Sequence[list[int]], dtype: str) -> Proof:

@@ -41,7 +41,6 @@ class Rows:
 
     config: DecoderConfig
     shapes: Mapping[str, tuple[int, ...]]  # of every weight, in the files' order
-    multiple: int = 1  # of rows that are read at a time
 
     def read(self, name: str, rows: slice) -> Tensor:
         raise NotImplementedError
@@ -49,7 +48,7 @@ class Rows:
     def rows(self, name: str) -> Iterator[Tensor]:
         """A weight in slabs from the top, (some rows, ...)."""
         total, *inner = self.shapes[name]
-        step = max(1, SLAB // math.prod(inner) // self.multiple) * self.multiple
+        step = max(1, SLAB // math.prod(inner))
         for start in range(0, total, step):
             yield self.read(name, slice(start, min(start + step, total)))
         release_pages()  # of the adapter
