@@ -82,14 +82,13 @@ def _init_process_group() -> None:
     global _store
     if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         return
-    with _explained():
-        try:
-            _store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
-        except ValueError as error:
-            raise UserError(f"{error}: start with torchrun, or unset WORLD_SIZE and RANK") from None
-        gpus = torch.cuda.is_available() and dist.is_nccl_available()
-        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=TIMEOUT)
+    try:
+        _store, rank, world = _collective(lambda: next(rendezvous("env://", timeout=TIMEOUT)))
+    except ValueError as error:
+        raise UserError(f"{error}: start with torchrun, or unset WORLD_SIZE and RANK") from None
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    _collective(lambda: dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=TIMEOUT))
 
 
 def resolve_world_size(config: Config) -> Config:
@@ -123,8 +122,7 @@ def broadcast_from_rank0(find_out: Callable[[], Any]) -> Any:
         except Exception as error:
             _store.set(key, json.dumps([type(error).__name__, str(error)]))
             raise
-        with _explained():
-            _store.set(key, json.dumps(["", found]))
+        _collective(_store.set, key, json.dumps(["", found]))
         return found
     kind, found = json.loads(_read(key))
     if kind:
@@ -192,8 +190,7 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
         return
     for tensor in tensors:
         sent = tensor.detach().contiguous()
-        with _explained():
-            dist.broadcast(sent, 0)
+        _collective(dist.broadcast, sent, 0)
         tensor.detach().copy_(sent)
 
 
@@ -249,8 +246,7 @@ def all_reduce_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> No
         gradients = []
     for bucket in _buckets([loss, *gradients]):
         flat = torch.cat([tensor.flatten() for tensor in bucket])
-        with _explained():
-            dist.all_reduce(flat)
+        _collective(dist.all_reduce, flat)
         for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
@@ -288,8 +284,7 @@ def _all_reduce(values: Sequence[float], operation: Any) -> list[float]:
     if world_size() == 1:
         return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
-    with _explained():
-        dist.all_reduce(sums, operation)
+    _collective(dist.all_reduce, sums, operation)
     return sums.tolist()
 
 
@@ -327,11 +322,10 @@ def same_exception(device: torch.device) -> Iterator[None]:
         raise TrainingFailed("another process failed: see its message")
 
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turn the error of a broken connection into one line."""
+def _collective(call: Callable[..., T], *arguments: Any) -> T:
+    """call(*arguments); the error of a broken connection becomes one line."""
     try:
-        yield
+        return call(*arguments)
     except RuntimeError as error:
         gone, reason = "another process of this run is gone", str(error).partition("\n")[0]
         raise TrainingFailed(f"{gone}: the same command resumes from the last checkpoint ({reason})") from None
@@ -342,12 +336,10 @@ def _all_gather(value: Any) -> list[Any]:
     if _store is None:
         return [value]
     key = next(_keys)
-    with _explained():
-        _store.set(f"{key} {process_rank()}", json.dumps(value, sort_keys=True))
-        return [json.loads(_read(f"{key} {other}")) for other in range(world_size())]
+    _collective(_store.set, f"{key} {process_rank()}", json.dumps(value, sort_keys=True))
+    return [json.loads(_read(f"{key} {other}")) for other in range(world_size())]
 
 
 def _read(key: str) -> bytes:
-    with _explained():
-        _store.wait([key], PATIENCE)
-        return _store.get(key)
+    _collective(_store.wait, [key], PATIENCE)
+    return _collective(_store.get, key)
