@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from torch import Tensor
 from nanoft import UserError
 from nanoft.io.atomic import hash_file, replace_file, sync_directory, write_file
 from nanoft.io.tensor_files import Tensors, load_tensors, write_tensors
-from nanoft.io.untrusted import parse_json, read_bytes
+from nanoft.io.untrusted import parse_json, read_bytes, read_json_or_empty
 from nanoft.runtime.memory import available_host_bytes
 
 FORMAT = 2
@@ -78,7 +79,9 @@ class CheckpointManager:
         self.best_file = directory.parent / "best.json"
         if owner:
             directory.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            for leftover in directory.iterdir():  # of killed saves: the run's lock excludes running ones
+                if re.fullmatch(r"\.tmp-step-\d+-\d+", leftover.name):
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None = None) -> Path:
         """Write checkpoint `step`; when this returns, it is on disk; an OSError leaves earlier ones untouched.
@@ -129,12 +132,11 @@ class CheckpointManager:
 
     def best(self) -> tuple[int, float] | None:
         """Step and loss of the best checkpoint so far; None if it is missing or best.json is unreadable."""
-        try:
-            record = json.loads(self.best_file.read_bytes())
-            step, loss = int(record["step"]), float(record["validation_loss"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            return None
-        return (step, loss) if self.path(step).is_dir() else None
+        record = read_json_or_empty(self.best_file)
+        step, loss = record.get("step"), record.get("validation_loss")
+        if isinstance(step, int) and isinstance(loss, float) and self.path(step).is_dir():
+            return step, loss
+        return None
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, which the run will repeat, perhaps differently."""
@@ -164,12 +166,6 @@ class CheckpointManager:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-
-    def _sweep(self) -> None:
-        """Remove incomplete saves of killed processes; the run's lock guarantees that none is still running."""
-        for leftover in self.directory.iterdir():
-            if re.fullmatch(r"\.tmp-step-\d+-\d+", leftover.name):
-                shutil.rmtree(leftover, ignore_errors=True)
 
     def _rotate(self, newest: int) -> None:
         """Delete checkpoints older than the last `keep`, and those after `newest`, which a rollback has undone."""
@@ -204,16 +200,13 @@ class AsyncCheckpointWriter:
         self.checkpoints, self.free_bytes = checkpoints, free_bytes
         self.last_step = -1  # of the last save that worked
         self._failed_at = math.inf
-        self._outcome = SaveResult(-1)
-        self._thread: threading.Thread | None = None
-        self._collected = True  # whether the last outcome was
+        self._saving: Future[SaveResult] | None = None  # until its outcome is collected
 
     def start(self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None) -> None:
         """Start a save (see CheckpointManager.save); the previous one must have been collected."""
         if not self.checkpoints.owner:
             return
-        started = time.perf_counter()
-        self._outcome = outcome = SaveResult(step)
+        started, outcome, saving = time.perf_counter(), SaveResult(step), Future[SaveResult]()
 
         def work() -> None:
             usual = sys.getswitchinterval()
@@ -225,31 +218,29 @@ class AsyncCheckpointWriter:
             finally:
                 sys.setswitchinterval(usual)
             outcome.seconds = time.perf_counter() - started
+            saving.set_result(outcome)
 
-        self._thread = None
+        in_background = False
         if sum(t.nbytes for named in tensors.values() for t in named.values()) < self.free_bytes() / 2:
             with contextlib.suppress(RuntimeError, MemoryError):  # less memory than reported, or no thread can start
-                copies = {f: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for f, ts in tensors.items()}
-                tensors, thread = copies, threading.Thread(target=work, name=f"save-{step}", daemon=True)
-                thread.start()
-                self._thread = thread
-        if self._thread is None:
+                tensors = {f: {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for f, ts in tensors.items()}
+                threading.Thread(target=work, name=f"save-{step}", daemon=True).start()
+                in_background = True
+        if not in_background:
             work()
-        self._collected = False
+        self._saving = saving
         outcome.waited_seconds = time.perf_counter() - started
 
     def collect(self, wait: bool = False) -> SaveResult | None:
         """The outcome of the last save, once; None if it was collected before or, without `wait`, is still running."""
-        if self._collected or (self._thread is not None and self._thread.is_alive() and not wait):
+        if self._saving is None or not (wait or self._saving.done()):
             return None
-        if self._thread is not None:
-            self._thread.join()
-        self._thread, self._collected = None, True
-        if self._outcome.error is None:
-            self.last_step, self._failed_at = self._outcome.step, math.inf
+        outcome, self._saving = self._saving.result(), None
+        if outcome.error is None:
+            self.last_step, self._failed_at = outcome.step, math.inf
         else:
             self._failed_at = time.monotonic()
-        return self._outcome
+        return outcome
 
     def overdue(self) -> bool:
         """Whether the last save failed at least RETRY_S ago."""
@@ -259,8 +250,8 @@ class AsyncCheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._thread is not None and (kind is None or issubclass(kind, Exception)):
-            self._thread.join()
+        if self._saving is not None and (kind is None or issubclass(kind, Exception)):
+            self._saving.result()
 
 
 def verify(path: Path, identity: Mapping[str, Any] = ANY_RUN) -> Checkpoint:
