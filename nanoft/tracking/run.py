@@ -27,7 +27,6 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -41,9 +40,9 @@ from nanoft import UserError
 from nanoft.io.atomic import replace_file, write_all
 from nanoft.io.tables import for_terminal
 from nanoft.io.untrusted import redact
-from nanoft.runtime.distributed import broadcast_from_rank0
+from nanoft.runtime.distributed import main_process_first, process_rank
 from nanoft.tracking import page
-from nanoft.tracking.plots import as_event
+from nanoft.tracking.plots import read_events
 
 LEVELS = ("debug", "info", "warning", "error")  # of logging.level
 
@@ -162,9 +161,7 @@ class Run:
     @classmethod
     def open(cls, directory: str | Path) -> Run:
         """Open a run directory on rank 0; the other ranks get a NullRun."""
-        opened: list[Run] = []
-        broadcast_from_rank0(lambda: opened.append(cls(Path(directory))))
-        return opened[0] if opened else NullRun(Path(directory))
+        return main_process_first(lambda: (NullRun if process_rank() else cls)(Path(directory)))
 
     def __enter__(self) -> Run:
         return self
@@ -207,19 +204,12 @@ class Run:
     def skipped_windows(self) -> set[tuple[int, int]]:
         """The windows, (epoch, index), that were not trained on: skipped at once, or after a rollback."""
         found = set()
-        for _, values in self._events():
+        for values in read_events(self.directory).lines:
             if values.get("what") in ("step skipped", "overflow"):
                 found.add(tuple(values["window"]))
             elif values.get("what") == "rolled back":
                 found |= set(map(tuple, values["left_out"]))
         return found
-
-    def _events(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """The valid lines of metrics.jsonl, as text and as events."""
-        path = self.directory / "metrics.jsonl"
-        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-            if (values := as_event(line)) is not None:
-                yield line, values
 
     def open_metrics(self, step: int, position: list[int], skipped: list[list[int]], rolled_back: bool = False) -> None:
         """Open metrics.jsonl for appending, without the events after `step`, which will be logged again.
@@ -231,17 +221,17 @@ class Run:
             self._metrics.close()
             self._metrics = None
         (self.directory / "report.json").unlink(missing_ok=True)  # marks a finished run
-        path, kept = self.directory / "metrics.jsonl", []
+        path, kept = self.directory / "metrics.jsonl", list[str]()
         known = step if step or rolled_back else -1  # events before the first step will be logged again
-        for line, values in self._events():
+        for values in read_events(self.directory).lines:
             if "window" in values:
                 keep = values["window"] < position or values["window"] in skipped
             else:
                 keep = values["step"] <= known or (rolled_back and values["event"] == "warning")
                 keep &= values["event"] != "done"
             if keep:
-                kept.append(line + b"\n")
-        replace_file(path, b"".join(kept))
+                kept.append(to_json(values) + "\n")
+        replace_file(path, to_utf8("".join(kept)))
         self._metrics = AppendOnlyFile(path)
 
     @property
