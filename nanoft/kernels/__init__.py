@@ -133,8 +133,7 @@ def _toy(config: DecoderConfig, lora: LoRAConfig | None) -> Decoder:
     model = Decoder(replace(config, **sizes))
     _perturb(model)
     if lora is not None:
-        names = linears_of(model)
-        targets = tuple(t for t in lora.target_modules if any(matches_target(name, t) for name in names))
+        targets = tuple(t for t in lora.target_modules if any(matches_target(name, t) for name in linears_of(model)))
         own: dict[str, Any] = {"rank": 2, "alpha": 3.0, "dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
         own |= {"bias": "none" if lora.bias == "none" else "lora_only", "target_modules": targets or ("all-linear",)}
         own |= {"modules_to_save": (), "trainable_token_indices": {}}
@@ -173,8 +172,7 @@ def _step(model: Decoder) -> dict[str, Tensor]:
 def _answer(model: Decoder) -> Tensor:
     """The hidden states of the two sequences once more, token by token, as in generation."""
     blocks, (batch, length) = [twin(block, None) for block in model.model.layers], IDS.shape
-    lengths = torch.full((batch, 1), length)
-    rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64, lengths)
+    rotations = model.rotations(torch.arange(length).expand(batch, -1), torch.float64, torch.full((batch, 1), length))
     tables = FastCacheContext.tables(rotations, torch.ones(batch, length, dtype=torch.bool))
     caches = [(batch, one.num_kv_heads, length, one.head_dim) for one in model.config.by_layer]
     keys, values = (dict(enumerate(torch.zeros(size, dtype=torch.float64) for size in caches)) for _ in range(2))

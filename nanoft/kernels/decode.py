@@ -113,8 +113,7 @@ class Twin:
 @functools.cache
 def _twin_class(kind: Any) -> type[Twin]:
     """`Twin` with the methods of a module's class, which are bound when called, so that a twin frees its weights."""
-    public = {name: value for name, value in vars(kind).items() if not name.startswith("_")}
-    methods = {name: value for name, value in public.items() if isinstance(value, METHODS)}
+    methods = {name: own for name, own in vars(kind).items() if isinstance(own, METHODS) and not name.startswith("_")}
     return type(kind.__name__, (Twin,), methods)
 
 

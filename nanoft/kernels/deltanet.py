@@ -33,11 +33,9 @@ def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `recurrence.delta_rule`; no gradient goes through the states."""
-    return (
-        recurrence.delta_rule(q, k, v, decay, beta, before)
-        if before is not None
-        else _Chunked.apply(q, k, v, decay, beta)
-    )
+    if before is not None:
+        return recurrence.delta_rule(q, k, v, decay, beta, before)
+    return _Chunked.apply(q, k, v, decay, beta)
 
 
 class Convolution(torch.autograd.Function):

@@ -79,8 +79,7 @@ class _FrozenRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         n, h = x * inverse, grad_outputs[0] * weight
-        mean = (h * n).mean(-1, keepdim=True)
-        return None, None, h.addcmul_(n, mean, value=-1).mul_(inverse).to(x.dtype), None
+        return None, None, h.addcmul_(n, (h * n).mean(-1, keepdim=True), value=-1).mul_(inverse).to(x.dtype), None
 
 
 def activation(mlp: MLP, x: Tensor) -> Any:

@@ -42,9 +42,6 @@ def rows(numbers: int) -> dict[str, Any]:
     return {"num_warps": min(16, max(1, triton.next_power_of_2(numbers) // 256)), **FUSED}
 
 
-# --- 4-bit weights
-
-
 @triton.jit
 def unpack_4bit_kernel(
     packed, absmax, nested, values, offset, points, out, blocks, BLOCK: tl.constexpr, NESTED: tl.constexpr,
@@ -81,9 +78,6 @@ def unpack_4bit(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
         **EXACT,
     )  # fmt: skip
     return out
-
-
-# --- RMSNorm
 
 
 @triton.jit
@@ -144,9 +138,6 @@ class RMSNormFunction(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight), (..., size), of a frozen weight (nanoft/blocks/norms.py)."""
     return RMSNormFunction.apply(x, weight, eps, offset)
-
-
-# --- activation(gate) * up
 
 
 @triton.jit
@@ -215,9 +206,6 @@ def _grid(rows: Tensor) -> tuple[int, int]:
 def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """activation(gate) * up, (..., size), of an activation in `nanoft.model.ACTIVATIONS` (SwiGLU, GeGLU)."""
     return GatedFunction.apply(gate, up, kind)
-
-
-# --- rotation of queries or keys, with their norm
 
 
 @triton.jit
@@ -330,8 +318,7 @@ def with_formulas(
         ),
     }  # fmt: skip
     for kind in ACTIVATIONS:
-        mlp = MLP(replace(config, activation=kind))
-        pairs[kind] = partial(gated, x, x, kind), partial(mlp.activate, x, x)
+        pairs[kind] = partial(gated, x, x, kind), partial(MLP(replace(config, activation=kind)).activate, x, x)
     return pairs
 
 

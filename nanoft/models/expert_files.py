@@ -25,8 +25,6 @@ from nanoft.lora import by_pattern
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 ADAPTED = re.compile(r"(.*\.experts)(\.base_layer)?\.lora_([AB])(?:\.\w+)?$")  # a stack's adapter, in PEFT's files
-
-
 STACK = re.compile(rf"(.*\.experts)\.({GATE_UP}|{DOWN})(|_bias|_blocks|_scales)$")
 # MXFP4 (OCP Microscaling Formats 1.0): numbers of 4 bits, which are sign, exponent, exponent and mantissa; the first of
 # a byte is in its low bits; 32 of them share a power of two, the byte of scales less 127.

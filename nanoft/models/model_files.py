@@ -170,9 +170,8 @@ class ModelFiles:
             notes.append("quantization_config is ignored: the weights are not quantized")
             quantization = None
         said = tuple(f"{self.directory / 'config.json'}: {note}" for note in notes)
-        towers = {
-            own.name: own for own in headers.values() if re.match(TOWERS if self.decoder.wrapped else MTP, own.name)
-        }
+        unread = TOWERS if self.decoder.wrapped else MTP
+        towers = {own.name: own for own in headers.values() if re.match(unread, own.name)}
         decoder = replace(self.decoder, tied=tied, has_score=SCORE in headers)
         return replace(self, decoder=decoder, quantization=quantization, notes=said, towers=towers)
 

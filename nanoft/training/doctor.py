@@ -122,8 +122,7 @@ def memory(device: torch.device) -> Iterator[Check]:
 def disk() -> Iterator[Check]:
     places = {"disk here": Path.cwd(), "Hub cache": cache_directory(), "data cache": cache_home()}
     for name, place in places.items():
-        there = next(path for path in (place, *place.parents) if path.exists())
-        free = shutil.disk_usage(there).free / 1e9
+        free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free / 1e9
         where = "model.cache_dir, XDG_CACHE_HOME or output.dir"
         fix = f"free some, or set {where} to another disk" if free < GB_ON_DISK else ""
         yield Check(name, "warn" if fix else "ok", f"{free:.0f} GB free in {place}", fix)
@@ -134,8 +133,7 @@ def attention(device: torch.device) -> Iterator[Check]:
     dtype = choose_dtype("auto", device)
     q, k, v = torch.randn(3, 1, 4, 128, 64, device=device, dtype=dtype).unbind()
     future = torch.ones(128, 128, dtype=torch.bool, device=device).triu(1)
-    scores = (q.float() @ k.float().mT / 8).masked_fill(future, -torch.inf)
-    expected, works = scores.softmax(-1) @ v.float(), []
+    expected, works = (q.float() @ k.float().mT / 8).masked_fill(future, -torch.inf).softmax(-1) @ v.float(), []
     kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
     for kernel in kernels:
         with contextlib.suppress(RuntimeError), sdpa_kernel(kernel):

@@ -100,12 +100,11 @@ def count_parameters(decoder: DecoderConfig, config: Config) -> Counts:
     if trains_score(config):
         add_score(model)
     named = linears_of(model)
-    linears = list(named.values())
     sizes = {name: int(linear.in_features * linear.out_features) for name, linear in named.items()}
     weights, active = sum(sizes.values()), sum(size * met(decoder, name) for name, size in sizes.items())
     others = sum(p.numel() for p in model.parameters()) - weights
     block_scales = 1 + 4 / 256 if config.quantization.double else 4  # bytes
-    scales = {4: weights / 64 * block_scales, 8: 4.0 * sum(int(linear.out_features) for linear in linears)}
+    scales = {4: weights / 64 * block_scales, 8: 4.0 * sum(int(linear.out_features) for linear in named.values())}
     if config.training.method == "full":
         return Counts(weights, 0.0, others, weights + others, 0, 0, active, not trains_score(config))
     more = range(decoder.vocab_size, decoder.vocab_size + len(config.model.add_tokens))
@@ -194,9 +193,8 @@ def estimate_memory(
     unpacked = at_once * decoder.hidden_size * max(width for width, _ in widths) * e * (bits < 16)  # the largest weight
     capped = decoder.attention_cap is not None  # S, P, dP and dS, and the slope of a cap: where no kernel spares them
     seen = min(length, max((window or length) for window in decoder.windows) + CHUNK) if not capped else length
-    windowed = any((w or length) < length for w in decoder.windows)
     # what attention in chunks, or PyTorch's kernel, takes on a CPU is in TRANSIENT_CPU, but for caps
-    chunked = device_type == "mps" or capped or (windowed and not cpu)
+    chunked = device_type == "mps" or capped or (not cpu and any((w or length) < length for w in decoder.windows))
     # S, tanh, their sum, P, the slope twice, dP, dC and dS: on a CPU what is freed is hardly used again
     matrices = (10 if cpu else 5) if capped else 4
     scores = matrices * rows * decoder.num_heads * CHUNK * seen * e * chunked
