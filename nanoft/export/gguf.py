@@ -329,7 +329,7 @@ def export_gguf(args: argparse.Namespace) -> list[str]:
             write_gguf_lora(opened, name, dtype, path)
             facts, notes, said = {}, [], f"the adapter as GGUF, for a GGUF file of {opened.base_directory}"
             recipe = modelfile(path.name, chat, str(opened.base_directory))
-        weights = verify.describe_weights(opened, merged=kind == "model")
+        weights = verify.describe_weights(opened, kind == "model", args.base)
         card = model_card(args.format, opened, source, [said, *notes], file=path.name)
         write_file(staging / "README.md", [card.encode()])
         write_file(staging / "Modelfile", [recipe.encode()])

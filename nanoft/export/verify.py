@@ -33,6 +33,7 @@ from nanoft.io.tables import markdown_table
 from nanoft.lora import disabled
 from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
+from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import LoadedModel, TrainedAdapter, is_run
 from nanoft.objectives import OBJECTIVES
 from nanoft.perplexity import safe_exp
@@ -148,11 +149,12 @@ def proof_prompts(chat: ChatTokenizer, samples: Sequence[Sample]) -> list[list[i
     return [prompt for prompt in ids + [sample.ids.tolist() for sample in samples[:PROMPTS]] if prompt]
 
 
-def describe_weights(opened: LoadedModel, merged: bool) -> str:
+def describe_weights(opened: LoadedModel, merged: bool, onto: Onto = "nf4") -> str:
     """The weights of the answers in parity.json, since an adapter on another base may answer differently."""
     if merged:
         return "those of this export, before its own quantization, if any"
-    form = opened.quantization[0] if opened.quantization else "its own number format"
+    quantization = opened.quantization if onto == "nf4" else ModelFiles.read(opened.base_directory).quantization
+    form = quantization[0] if quantization else "its own number format"
     return f"the adapter on its base in {form}; on another base answers may differ"
 
 

@@ -34,14 +34,14 @@ from nanoft.export.gguf import (
     write_gguf,
     write_gguf_lora,
 )
-from nanoft.export.merge import EXPORT_DTYPES, merge
+from nanoft.export.merge import EXPORT_DTYPES, merge, open_adapter
 from nanoft.export.model_card import parity_record
 from nanoft.export.verify import held_out
 from nanoft.generation.generate import generate
 from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
 from nanoft.models import families
-from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model
+from nanoft.models.open import LoadedModel, open_chat_tokenizer, open_model, read_trained_adapter
 from tiny_models import CASES, LLAMA3, YARN, make_chat_model, make_packed
 
 CPU = torch.device("cpu")
@@ -657,6 +657,20 @@ def test_an_adapter_file_by_command(runs: Path, tmp_path: Path, capsys: pytest.C
     assert names(tmp_path / "out") == {"adapter-f32.gguf", "README.md", "Modelfile", "parity.json"}
     assert "ADAPTER ./adapter-f32.gguf" in (tmp_path / "out" / "Modelfile").read_text()
     assert {tensor.tensor_type.name for tensor in stored(tmp_path / "out" / "adapter-f32.gguf").values()} == {"F32"}
+
+
+@pytest.mark.parametrize(("base", "named"), [("original", "its own number format"), ("nf4", "nf4")])
+def test_an_adapter_file_names_the_base_of_its_expected_answers(
+    base: Any, named: str, runs: Path, tmp_path: Path
+) -> None:
+    assert run_merge(runs / "qlora", "--out", tmp_path / "out", "--format", "gguf-lora", "--base", base) == 0
+    found = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert found["weights"].startswith(f"the adapter on its base in {named};")
+    opened = open_adapter(read_trained_adapter(str(runs / "qlora")), base)
+    chat = open_chat_tokenizer(str(runs / "qlora"), opened, as_trained=True)
+    prompts = [Prompt(case["messages"], "") for case in found["prompts"] if case["messages"]]
+    expected = parity_record(opened.model, chat, prompts, 24, "")["prompts"]
+    assert [case["answer_ids"] for case in found["prompts"]] == [case["answer_ids"] for case in expected]
 
 
 @pytest.mark.parametrize(
