@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from nanoft.training import state
 from nanoft.training.state import TrainContext, TrainState
 
 Loop = Callable[[TrainContext, TrainState, StopRequest], TrainState]  # train.py's
+Equation = tuple[str, str, float, Callable[[], float]]  # name, what is compared, the allowed error, and its measure
 DOCUMENTS = 8  # pieces of samples, of as many lengths
 SIZES = (1, 2, 4, DOCUMENTS)  # of a micro-batch
 TOKENS = 2048  # of all documents together, at most
@@ -53,15 +54,6 @@ PRODUCT = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
 ROW = "{:32} {:6} {:>8} {:>8}  {}"
 
 
-class Equation(NamedTuple):
-    """The quantity that is compared on both sides, the allowed error, and the function that measures the error."""
-
-    name: str
-    compared: str
-    allowed: float
-    measure: Callable[[], float]
-
-
 def shorten(config: Config) -> Config:
     """The user's config for a few steps; what a step computes stays unchanged."""
     changes: dict[str, Any] = {"model.base_device": "auto"}  # on the device, where single adapters are compared
@@ -72,9 +64,10 @@ def shorten(config: Config) -> Config:
     return config.override(changes)
 
 
-def resume(ctx: TrainContext, loop: Loop, steps: int) -> None:
-    """Run train.py's loop from the newest checkpoint, or from the beginning, to step `steps`."""
-    ctx = replace(ctx, corpus=replace(ctx.corpus, report={**ctx.corpus.report, "steps": steps}))
+def resume(ctx: TrainContext, loop: Loop, checkpoints: CheckpointManager, steps: int) -> None:
+    """Run train.py's loop from the newest of these checkpoints, or from the beginning, to step `steps`."""
+    corpus = replace(ctx.corpus, report={**ctx.corpus.report, "steps": steps})
+    ctx = replace(ctx, corpus=corpus, writer=AsyncCheckpointWriter(checkpoints))
     loop(ctx, state.restore(ctx, "auto"), StopRequest())
 
 
@@ -86,17 +79,17 @@ def run(ctx: TrainContext, loop: Loop) -> int:
     say(f"self-test on {ctx.config.model.name}: {int(documents.lengths.sum()):,} tokens of its data, {ctx.device}\n")
     say(ROW.format("check", "result", "measured", "allowed", "compared"))
     failed = list[str]()
-    for equation in equations(ctx, loop, documents):
+    for name, compared, allowed, measure in equations(ctx, loop, documents):
         trouble, error = "", math.nan
         try:
-            error = equation.measure()
+            error = measure()
         except (UserError, TrainingFailed, CheckpointCorrupted) as reason:  # refused, but should work
             trouble = str(reason)
-        figures, passed = (f"{error:.2g}", f"{equation.allowed:.2g}"), error <= equation.allowed  # which NaN is not
-        say(ROW.format(equation.name, "pass" if passed else "FAIL", *figures, trouble or equation.compared))
+        figures, passed = (f"{error:.2g}", f"{allowed:.2g}"), error <= allowed  # which NaN is not
+        say(ROW.format(name, "pass" if passed else "FAIL", *figures, trouble or compared))
         if not passed:
-            what = trouble or f"{equation.compared}: error {figures[0]}, allowed {figures[1]}"
-            failed.append(f"{equation.name}: {what}")
+            what = trouble or f"{compared}: error {figures[0]}, allowed {figures[1]}"
+            failed.append(f"{name}: {what}")
     if failed:
         raise TrainingFailed(f"self-test: {failed[0]} ({len(failed)} checks failed)")
     return 0
@@ -128,15 +121,15 @@ def equations(ctx: TrainContext, loop: Loop, documents: TokenDataset) -> Iterato
         return measured
 
     if adapters and not lora.start_from:
-        yield Equation("fresh adapter = base", "logits", 0.0, inference(adapter_effect, model, adapters, ids))
+        yield "fresh adapter = base", "logits", 0.0, inference(adapter_effect, model, adapters, ids)
     perturb_adapters(adapters)  # from here on every adapter has an effect
-    yield Equation(splits, "gradient", near, lambda: batching_error(ctx, loop, cuts))
-    yield Equation("packed = alone", "gradient", near, lambda: batching_error(ctx, loop, [cuts[0], packed]))
-    yield Equation("recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, longest))
+    yield splits, "gradient", near, lambda: batching_error(ctx, loop, cuts)
+    yield "packed = alone", "gradient", near, lambda: batching_error(ctx, loop, [cuts[0], packed])
+    yield "recomputed = kept", f"gradient{unsure}", exact, lambda: recompute_error(ctx, loop, longest)
     if adapters:
-        yield Equation("merged = adapter", f"products{onto}", nearer, inference(merged_error, adapters))
-        yield Equation("adapter saved = read", "files, products", from_files, inference(files_error, ctx, place))
-    yield Equation(resumed, all_state, exact, lambda: resume_error(ctx, loop, place))
+        yield "merged = adapter", f"products{onto}", nearer, inference(merged_error, adapters)
+        yield "adapter saved = read", "files, products", from_files, inference(files_error, ctx, place)
+    yield resumed, all_state, exact, lambda: resume_error(ctx, loop, place)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -156,10 +149,6 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
         return math.inf
     a, b = (torch.cat([part[name].flatten() for name in sorted(expected)]) for part in (found, expected))
     return relative_error(a, b)
-
-
-def saving_to(ctx: TrainContext, checkpoints: CheckpointManager) -> TrainContext:
-    return replace(ctx, writer=AsyncCheckpointWriter(checkpoints))
 
 
 class _Taken(Exception):
@@ -184,11 +173,11 @@ def gradient(ctx: TrainContext, loop: Loop, batches: Batches) -> dict[str, Tenso
     objective = build_objective(config, ctx.adapters, ctx.corpus, ctx.tokenizer)
     with ctx.autocast():
         objective.begin(ctx.model, [batches.samples], None, DOCUMENTS)
-    ctx = saving_to(replace(ctx, config=config, batches=batches, objective=objective, scaler=scaler), unused)
+    ctx = replace(ctx, config=config, batches=batches, objective=objective, scaler=scaler)
     torch.manual_seed(config.system.seed)
     try:
         with ctx.optimizer.register_step_pre_hook(take):
-            resume(ctx, loop, 1)
+            resume(ctx, loop, unused, 1)
     except _Taken:
         return taken
     finally:
@@ -306,7 +295,7 @@ def resume_error(ctx: TrainContext, loop: Loop, directory: Path) -> float:
     """The last checkpoint of a run that loses its state and resumes in the middle, against an uninterrupted run's."""
     whole, halves = (CheckpointManager(directory / name / "checkpoints", 2) for name in ("whole", "halves"))
     ctx = replace(ctx, validation=ctx.validation[:0])
-    resume(saving_to(ctx, whole), loop, 2 * STEPS)  # saves after STEPS, too
+    resume(ctx, loop, whole, 2 * STEPS)  # saves after STEPS, too
     os.rename(whole.path(STEPS), halves.path(STEPS))
     with torch.no_grad():  # lose everything that a checkpoint must restore
         for tensor in (adapter_tensors(ctx.adapters) if ctx.adapters else dict(ctx.trained)).values():
@@ -317,7 +306,7 @@ def resume_error(ctx: TrainContext, loop: Loop, directory: Path) -> float:
     seed_everything(ctx.config.system.seed ^ 1, 0, False)
     ctx = replace(ctx, scaler=build_scaler(ctx.device, ctx.machine.dtype))
     ctx.batches.seek(ctx.batches.epoch + 1)
-    resume(saving_to(ctx, halves), loop, 2 * STEPS)
+    resume(ctx, loop, halves, 2 * STEPS)
     expected, found = (verify(checkpoints.path(2 * STEPS)) for checkpoints in (whole, halves))
     if any(found.state[key] != expected.state[key] for key in ("step", "epoch", "window", "rng", "scaler")):
         return math.inf
