@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
+from nanoft.generation.chat import BATCH, LineReader, answer_lines
 from nanoft.generation.generate import Answer, generate
-from nanoft.generation.pipe import BATCH, LineReader, answer_lines
 from nanoft.models.weights import load_model
 from tiny_models import make_chat_model, train_run, write_records
 
