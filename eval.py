@@ -42,9 +42,8 @@ from nanoft.config import Config
 from nanoft.config.loading import load_config, read_overrides
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.evaluation import evaluate
-from nanoft.evaluation.evaluate import EvalResult
+from nanoft.evaluation.evaluate import EvalResult, compare_quantization
 from nanoft.evaluation.held_out import HeldOut, choose_data, provenance, read_held_out
-from nanoft.evaluation.quantization import compare_quantization
 from nanoft.evaluation.report import ReportInputs, report
 from nanoft.io.atomic import replace_file
 from nanoft.io.hub import use_cache

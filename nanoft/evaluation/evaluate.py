@@ -22,7 +22,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
+from nanoft import UserError
 from nanoft.batches import Sample, TokenDataset, collate, eval_batches
 from nanoft.config import EvaluationConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
@@ -31,11 +33,16 @@ from nanoft.data.formats import Conversation
 from nanoft.generation.generate import generate
 from nanoft.generation.sampling import GREEDY, Sampling, completion_noise
 from nanoft.io.bars import track
+from nanoft.io.tables import markdown_table
+from nanoft.lora import DoRALinear, disabled
 from nanoft.loss import token_nll
 from nanoft.metrics.answers import Metric, exact_match
 from nanoft.metrics.bootstrap import Array, Figure
 from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
+from nanoft.models.model_files import ModelFiles
+from nanoft.models.open import LoadedModel
+from nanoft.nf4 import quantize
 from nanoft.objectives.reward import answer_rewards
 from nanoft.perplexity import evaluating, safe_exp
 from nanoft.runtime import distributed
@@ -266,3 +273,40 @@ def measure(
             completions = [replace(c, rewards=each) for c, each in zip(completions, rewards, strict=True)]
     figures |= answer_figures(completions, metrics)
     return EvalResult(figures, completions, time.perf_counter() - started)
+
+
+def compare_quantization(
+    source: str, loaded: LoadedModel, perplexity: Callable[[], float | None]
+) -> tuple[dict[str, Any], str]:
+    """The cost of quantization: base and adapter on the original and on quantized weights, as figures and as a table.
+
+    Weights get the run's own quantization, or else NF4, and stay quantized. `perplexity` evaluates `loaded.model` as it
+    is at that moment.
+    """
+    form = loaded.quantization or ("nf4", True)
+    if not loaded.adapters:
+        raise UserError(f"--quantization: {source} has no adapter: name a LoRA run or an adapter")
+    if ModelFiles.read(loaded.base_directory).quantization:
+        raise UserError(
+            f"--quantization: {loaded.base_directory} has quantized weights only: name a run on the original"
+        )
+
+    def both() -> dict[str, float | None]:
+        with disabled(loaded.adapters):
+            base = perplexity()
+        return {"base": base, "tuned": perplexity()}
+
+    figures = {"original": both()}
+    for name, linear in list(loaded.model.named_modules()):  # one after another; the adapters stay
+        if isinstance(linear, nn.Linear) and name.startswith("model.layers."):
+            quantized = quantize(linear.weight.detach(), form, loaded.dtype)
+            quantized.register_parameter("bias", linear.bias)
+            loaded.model.set_submodule(name, quantized)
+    for adapter in loaded.adapters.values():
+        if isinstance(adapter, DoRALinear):
+            adapter.measure_base()
+    figures[form[0]] = both()
+    rows = [[weights, *(f"{value:.5g}" for value in pair.values())] for weights, pair in figures.items()]
+    trained_on = f"{loaded.quantization[0]} weights" if loaded.quantization else "the original weights"
+    text = f"{markdown_table(['perplexity on weights', 'base', 'tuned'], rows)}\n\ntrained on {trained_on}"
+    return {"quantization": figures}, text

@@ -13,20 +13,23 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel
 
+from nanoft import UserError
 from nanoft.batches import Sample
 from nanoft.config import EvaluationConfig, LoRAConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.formats import Conversation
 from nanoft.evaluation import evaluate
-from nanoft.evaluation.evaluate import Completion, EvalResult
+from nanoft.evaluation.evaluate import Completion, EvalResult, compare_quantization
 from nanoft.generation.sampling import Sampling
 from nanoft.lora import disabled, inject_lora
 from nanoft.metrics.answers import select_metrics
 from nanoft.metrics.bootstrap import Figure
 from nanoft.metrics.rewards import Prompt
 from nanoft.model import Decoder
+from nanoft.models.open import open_model
 from nanoft.models.weights import load_model
-from tiny_models import make_chat_model
+from nanoft.nf4 import PackedLinear, quantize
+from tiny_models import make_chat_model, train_run, write_records
 
 CPU = torch.device("cpu")
 
@@ -250,3 +253,40 @@ def test_a_result_holds_what_was_measured_and_nothing_else() -> None:
     }
     measured = EvalResult(evaluate.answer_figures(completions, []), completions)
     assert measured.to_dict() == {"exact_match": 0.75, "stop_rate": 0.75, "response_tokens": 3.0, "prompts": 4}
+
+
+# ---- Quantization
+
+
+def test_base_and_adapter_are_evaluated_on_both_weights(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "base")
+    run = train_run(tmp_path / "run", tmp_path / "base", write_records(tmp_path / "data.jsonl"))
+    loaded = open_model(str(run), CPU, torch.float32)
+    ids, original = torch.arange(5, 40)[None], {}
+    for name, adapter in loaded.adapters.items():
+        original[name] = adapter.base.weight.detach().clone()  # type: ignore[union-attr]
+        with torch.no_grad():
+            adapter.lora_B.add_(0.1)
+    logits: list[torch.Tensor] = []
+
+    def perplexity() -> float:
+        with torch.no_grad():
+            logits.append(loaded.model.logits(loaded.model(ids)))
+        return float(len(logits))
+
+    figures, text = compare_quantization(str(run), loaded, perplexity)
+    assert figures == {"quantization": {"original": {"base": 1.0, "tuned": 2.0}, "nf4": {"base": 3.0, "tuned": 4.0}}}
+    assert text.endswith("trained on the original weights")
+    pairs = [(i, j) for i in range(4) for j in range(i)]
+    assert all(not torch.equal(logits[i], logits[j]) for i, j in pairs)  # four different models
+    for name, adapter in loaded.adapters.items():
+        assert isinstance(adapter.base, PackedLinear)
+        expected = quantize(original[name], ("nf4", True), torch.float32).dequantize()
+        assert torch.equal(adapter.base.dequantize(), expected)
+
+
+def test_a_model_without_an_adapter_has_nothing_to_compare(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "base")
+    loaded = open_model(str(tmp_path / "base"), CPU, torch.float32)
+    with pytest.raises(UserError, match=r"--quantization: .* has no adapter"):
+        compare_quantization(str(tmp_path / "base"), loaded, lambda: 1.0)
