@@ -308,7 +308,6 @@ def check_format(name: str, learns: Learns = "turns") -> None:
 
 def format_function(name: str) -> Callable[..., Any] | None:
     """Import the user's function that data.format names; None if it names a shape."""
-    check_format(name)
     if name.startswith(UNTRUSTED):
         name = name.removeprefix(UNTRUSTED)
         raise UserError(f"data.format: {name}: a run's config.json must not name code to run: add data.format={name}")
@@ -323,6 +322,7 @@ def read_file(
     learns: Learns = "turns",
 ) -> Iterator[Conversation | Rejected | str]:
     """Yield a description of the shape of a file's records, and then all records in order."""
+    check_format(data.format, learns)
     if odd := [role for role in data.roles.values() if role not in ROLES]:
         raise UserError(f"data.roles: {odd[0]!r:.40} is not a role{nearest(str(odd[0]), ROLES)}")
     function, columns, shapes = format_function(data.format), data.columns, SHAPES_OF[learns]

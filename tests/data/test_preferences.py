@@ -20,7 +20,7 @@ from nanoft import UserError
 from nanoft.batches import Batches, TokenDataset
 from nanoft.config import DataConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.dataset import PreparedDataset, build_datasets, describe_data
+from nanoft.data.dataset import PreparedDataset, build_datasets, data_hash, describe_data
 from nanoft.data.formats import Conversation, Learns, Rejected, read_file
 from nanoft.data.inspection import check_data, preview, show_window
 
@@ -325,6 +325,24 @@ ELSEWHERE: list[tuple[Learns, dict[str, Any], str]] = [
 def test_data_of_another_objective_is_named(path: Path, learns: Learns, record: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(path, [record], learns)
+
+
+@pytest.mark.parametrize(
+    ("learns", "shape", "record"),
+    [
+        ("pairs", "preference", {"prompt": "Q", "chosen": "A", "rejected": "B"}),
+        ("pairs", "ranked", ranked("a", "b")),
+        ("labels", "preference", {"prompt": "Q", "chosen": "A", "rejected": "B"}),
+        ("prompts", "prompt", {"prompt": "Q"}),
+    ],
+)
+def test_a_shape_that_the_user_names(path: Path, learns: Learns, shape: str, record: dict[str, Any]) -> None:
+    (found,) = read(path, [record], learns, format=shape)
+    assert isinstance(found, Conversation), found
+    assert found == read(path, [record], learns)[0]
+    assert data_hash(DataConfig(train_file=str(path), format=shape)) == data_hash(DataConfig(train_file=str(path)))
+    with pytest.raises(UserError, match=rf"^data\.format: '{shape}' is not known"):
+        read(path, [record], "turns", format=shape)
 
 
 def test_answers_without_any_label(path: Path, chat: ChatTokenizer) -> None:
