@@ -37,16 +37,6 @@ class Alias:
     open: bool = False  # other values pass unchanged: `validate_config` checks them
 
 
-@dataclass(frozen=True)
-class Meaning:
-    """How one name in a file was translated; `note`: why it has no counterpart, or no effect given another name."""
-
-    name: str
-    value: Any
-    settings: Settings
-    note: str = ""
-
-
 class Rule(NamedTuple):
     """`names` have no effect when `applies(value of one of others, own value)` holds."""
 
@@ -58,11 +48,6 @@ class Rule(NamedTuple):
 def whole(number: Any) -> Any:
     """3.0 -> 3."""
     return int(number) if isinstance(number, float) and number.is_integer() else number
-
-
-def steps(number: Any) -> Any:
-    """-1 and 0 mean no limit."""
-    return {} if number in (-1, 0) else number
 
 
 def warmup(number: Any) -> Any:
@@ -170,7 +155,7 @@ TRANSLATED = {
     "assistant_only_loss completion_only_loss": Alias("data.train_on", {True: "assistant", False: "all"}),
     "train_on_inputs": Alias("data.train_on", {True: "all", False: "assistant"}),
     # Training (TrainingArguments)
-    "max_steps": Alias("training.max_steps", steps),
+    "max_steps": Alias("training.max_steps", {-1: {}, 0: {}}, open=True),  # no limit
     "optim": Alias("training.optimizer", OPTIMIZERS, open=True),
     "lr_scheduler_type": Alias("training.lr_scheduler", SCHEDULES, open=True),
     "warmup_steps": Alias("training.warmup_steps", warmup),
@@ -239,35 +224,34 @@ RULES = [
 ]
 
 
-def translate(file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterable[Rule], where: str) -> list[Meaning]:
-    """The meaning of each name; null is the same as no setting. `where` describes the file in error messages."""
-    reasons = {
-        name: f"no effect with {other}: {json.dumps(file.get(other), default=str)}"
+def translate(
+    file: Mapping[str, Any], table: Mapping[str, Alias], rules: Iterable[Rule], where: str
+) -> dict[str, Settings | Note]:
+    """What each name sets, or why it sets nothing; null is the same as no setting. `where` is for error messages."""
+    idle = {
+        name: Note(f"no effect with {other}: {json.dumps(file.get(other), default=str)}")
         for rule in rules
         for name, other in itertools.product(rule.names.split(), rule.others.split())
         if file.get(name) is not None and rule.applies(file.get(other), file[name])
     }
-    return [
-        Meaning(name, value, {}, reasons[name]) if name in reasons else _meaning(str(name), value, table, where)
-        for name, value in file.items()
-    ]
+    return {name: idle.get(name) or _meaning(str(name), value, table, where) for name, value in file.items()}
 
 
-def settle(meanings: Iterable[Meaning]) -> dict[str, tuple[str, Any]]:
+def settle(meanings: Mapping[str, Settings | Note]) -> dict[str, tuple[str, Any]]:
     """section.field -> (name in the file, value); a UserError if two names set a field to different values."""
     found: dict[str, tuple[str, Any]] = {}
-    for meaning in meanings:
-        for field, setting in meaning.settings.items():
-            other, before = found.setdefault(field, (meaning.name, setting))
+    for name, meaning in meanings.items():
+        for field, setting in meaning.items() if isinstance(meaning, dict) else ():
+            other, before = found.setdefault(field, (name, setting))
             if field == "logging.report_to" and before != setting:
-                found[field] = (meaning.name, f"{before},{setting}")
+                found[field] = (name, f"{before},{setting}")
             elif before != setting:
-                both = f"{other} and {meaning.name}: set {field} to {before} and to {setting}"
+                both = f"{other} and {name}: set {field} to {before} and to {setting}"
                 raise UserError(f"{both}: remove one of them")
     return found
 
 
-def _meaning(name: str, value: Any, table: Mapping[str, Alias], where: str) -> Meaning:
+def _meaning(name: str, value: Any, table: Mapping[str, Alias], where: str) -> Settings | Note:
     """What one line of a file sets."""
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1, cutoff=0.6)
@@ -275,7 +259,7 @@ def _meaning(name: str, value: Any, table: Mapping[str, Alias], where: str) -> M
         raise UserError(f"{name}: no such setting {where}: {known}")
     alias = table[name]
     if value is None or value in ([], {}):
-        return Meaning(name, value, {})
+        return {}
     try:
         setting = alias.values(value) if callable(alias.values) else value
     except (ValueError, TypeError) as error:
@@ -286,10 +270,8 @@ def _meaning(name: str, value: Any, table: Mapping[str, Alias], where: str) -> M
             options = f"is not one of {', '.join(map(str, alias.values))}" if alias.values else "has no counterpart"
             raise UserError(f"{name}: {value!r:.60} {options}" + (f": {alias.fix}" if alias.fix else ""))
         setting = alias.values.get(one, one)
-    if isinstance(setting, Note):
-        return Meaning(name, value, {}, str(setting))
-    is_settings = isinstance(setting, dict) and setting is not value
-    return Meaning(name, value, setting if is_settings else {alias.field: setting})
+    is_meaning = isinstance(setting, Note) or (isinstance(setting, dict) and setting is not value)
+    return setting if is_meaning else {alias.field: setting}
 
 
 def suggest_override(name: str) -> str | None:

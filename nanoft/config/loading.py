@@ -177,7 +177,7 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
     given = {name: variable for variable, name in schema.environment.items() if variable in environment}
     names |= {name: environment[variable] for name, variable in given.items()}
     meanings = translate(names, schema.table, schema.rules, where)
-    meanings = [replace(meaning, name=given.get(meaning.name, meaning.name)) for meaning in meanings]
+    meanings = {given.get(name, name): meaning for name, meaning in meanings.items()}
     found = settle(meanings)
     supplied = {} if loaded else dict(schema.defaults)  # what is loaded before has a value for every field
     if schema is MODELFORGE and (loaded is None or tree.get("compute_specs")):
@@ -190,7 +190,7 @@ def _apply(tree: dict[str, Any], loaded: Loaded | None, environment: Mapping[str
         name = found[path][0] if path in found else path
         raise UserError(str(error) if name == path else f"{name}: {error}") from None
     config = _without_functions(config, found, is_of_run=False)
-    return Loaded(config, schema, before.explanation + explain(schema, meanings))
+    return Loaded(config, schema, before.explanation + explain(schema, meanings, environment))
 
 
 def _without_functions(config: Config, given: Collection[str], is_of_run: bool) -> Config:

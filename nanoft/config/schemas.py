@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanoft import UserError
-from nanoft.config.aliases import ALIASES, RULES, Alias, Meaning, Note, Rule, Settings, noted, pairs
+from nanoft.config.aliases import ALIASES, RULES, Alias, Note, Rule, Settings, noted, pairs
 from nanoft.config.settings import FIELDS, SECTION_TYPES, Config
 from nanoft.io.tables import wrap
 
@@ -204,15 +204,15 @@ def for_compute_specs(file: Mapping[str, Any], load: Callable[[str], Config]) ->
     return {path: config[path] for path in SUPPLIED.split() if path not in idle}
 
 
-def explain(schema: Schema, meanings: Sequence[Meaning]) -> list[str]:
+def explain(schema: Schema, meanings: Mapping[str, Settings | Note], environment: Mapping[str, str]) -> list[str]:
     """A few lines for the terminal: how many names set fields, and why the others do not."""
     notes: dict[str, list[str]] = {}
-    for meaning in meanings:
-        if meaning.note:
-            notes.setdefault(meaning.note, []).append(meaning.name)
-    effects = sum(bool(meaning.settings) for meaning in meanings)
-    same = len(meanings) - effects - sum(map(len, notes.values()))
+    for name, meaning in meanings.items():
+        if isinstance(meaning, Note):
+            notes.setdefault(meaning, []).append(name)
+    same = sum(meaning == {} for meaning in meanings.values())
+    effects = len(meanings) - same - sum(map(len, notes.values()))
     counts = f"{effects} of {len(meanings)} names set fields, {same} left at the default"
-    lines = [f"{m.name}={m.value} in the environment" for m in meanings if m.name in schema.environment]
+    lines = [f"{name}={environment[name]} in the environment" for name in meanings if name in schema.environment]
     lines += [f"{', '.join(names)}: {why}" for why, names in notes.items()]
     return [wrap(f"config    {schema.name} schema: {counts}", 10), *(wrap(f"          {line}", 12) for line in lines)]
