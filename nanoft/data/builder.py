@@ -316,7 +316,7 @@ class DatasetBuilder:
         signed = {name: np.memmap(self.directory / name, np.uint32, "r") for name in self.signatures}
         signatures = {name: values.reshape(-1, filters.COMPONENTS) for name, values in signed.items()}
         if data.near_duplicates:
-            near = filters.near_duplicates(signatures[FULL_TEXT], data.near_duplicates, pool)
+            near = filters.near_matches(signatures[FULL_TEXT], data.near_duplicates, pool)
             reason = f"shares {data.near_duplicates:.0%} of its 5-grams with an earlier record"
             self._remove(near, "near duplicate", reason)
             pool &= ~near
@@ -366,11 +366,10 @@ class DatasetBuilder:
 
     def _hold_out(self, pool: Array, keys: Array, size: int) -> Array:
         """Which records of the pool to hold out; those with equal keys stay together."""
-        data = self.data
-        if data.split_time:
-            return filters.hold_out_newest(np.array(self.time)[pool], keys, size)
-        strata = np.zeros(len(pool), np.int64)
-        if self.stratum:
+        data, strata = self.data, np.zeros(len(pool), np.int64)
+        if data.split_time:  # the keys are places in time, the newest first
+            keys = np.argsort(np.lexsort((keys, -np.array(self.time)[pool])))
+        elif self.stratum:
             values = {value: number for number, value in enumerate(sorted(set(self.stratum), key=str))}
             strata = np.array([values[value] for value in self.stratum])
         if data.split_group:

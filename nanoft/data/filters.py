@@ -109,40 +109,25 @@ def bands(threshold: float) -> list[slice]:
     return [slice(start, start + height) for start in range(0, COMPONENTS - height + 1, height)]
 
 
-def near_duplicates(signatures: Array, threshold: float, kept: Array) -> Array:
-    """(n,) bool: which of the `kept` records resemble an earlier one.
+def near_matches(signatures: Array, threshold: float, kept: Array, others: Array | None = None) -> Array:
+    """(n,) bool: which of the `kept` records resemble one of the `others`; without others, an earlier one.
 
     Two records resemble each other if they agree in a whole band and in `threshold` of all components. Of the records
     that agree in a band, each is compared with the first only, so the cost is linear.
     signatures: (n, COMPONENTS) uint32, may be memory-mapped; threshold: Jaccard similarity of the sets of 5-grams.
     """
-    removed = np.zeros(len(signatures), dtype=np.bool_)
-    for band in bands(threshold):
-        records = np.flatnonzero(kept & ~removed)
-        keys = _band_keys(signatures[records, band])
-        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-        _mark_similar(removed, signatures, threshold, records, records[first[group]])
-    return removed
-
-
-def near_matches(signatures: Array, threshold: float, kept: Array, others: Array) -> Array:
-    """(n,) bool: which of the `kept` records resemble one of the `others` (the other side of the split)."""
-    found, records, held = np.zeros(len(kept), dtype=np.bool_), np.flatnonzero(kept), np.flatnonzero(others)
-    for band in bands(threshold) if len(held) else ():
-        known, keys = _band_keys(signatures[held, band]), _band_keys(signatures[records, band])
-        order = np.argsort(known, kind="stable")
-        place = order[np.searchsorted(known, keys, sorter=order) % len(held)]
-        equal = known[place] == keys
-        _mark_similar(found, signatures, threshold, records[equal], held[place[equal]])
+    found = np.zeros(len(kept), dtype=np.bool_)
+    for band in bands(threshold) if others is None or others.any() else ():
+        records = np.flatnonzero(kept & ~found)
+        rows = records if others is None else np.concatenate([np.flatnonzero(others), records])
+        _, first, group = np.unique(_band_keys(signatures[rows, band]), return_index=True, return_inverse=True)
+        before = rows[first[group]]
+        is_pair = kept[rows] & (rows != before) & (others is None or others[before])
+        pairs = np.stack([rows[is_pair], before[is_pair]], axis=1)
+        for start in range(0, len(pairs), AT_ONCE):
+            own, other = pairs[start : start + AT_ONCE].T
+            found[own] |= (signatures[own] == signatures[other]).mean(axis=1) >= threshold
     return found
-
-
-def _mark_similar(found: Array, signatures: Array, threshold: float, records: Array, others: Array) -> None:
-    """Mark each record whose signature agrees with that of the other record beside it."""
-    pairs = np.stack([records, others], axis=1)[(records != others) & ~found[records]]
-    for start in range(0, len(pairs), AT_ONCE):
-        own, other = pairs[start : start + AT_ONCE].T
-        found[own] |= (signatures[own] == signatures[other]).mean(axis=1) >= threshold
 
 
 def count_leaks(
@@ -203,13 +188,6 @@ def is_frequent(prompts: Array, pool: Array, limit: float) -> Array:
     """
     values, counts = np.unique(prompts[pool], return_counts=True)
     return np.isin(prompts, values[counts > max(limit, 1)])
-
-
-def hold_out_newest(times: Array, keys: Array, size: int) -> Array:
-    """(n,) bool: the newest records; among equal times, those with the smallest keys."""
-    held = np.zeros(len(times), dtype=np.bool_)
-    held[np.lexsort((keys, -times))[:size]] = True
-    return held
 
 
 def is_preferred(samples: TokenDataset) -> Array:

@@ -547,6 +547,12 @@ def test_times_may_be_numbers_in_texts_and_dates_are_utc(chat: ChatTokenizer, tm
     file = write(tmp_path / "d.jsonl", [pair(f"q{n}", t=date) for n, date in enumerate(dates)])
     newest = build(chat, file, validation_size=1, split_time="t")
     assert lines_of(newest, newest.validation) == [2]
+    times = [5, 1, 9, 9, 3, 7]
+    file = write(tmp_path / "ties.jsonl", [pair(f"q{n}", t=time) for n, time in enumerate(times)])
+    newest = build(chat, file, validation_size=3, split_time="t")
+    assert lines_of(newest, newest.validation) == [3, 4, 6]
+    newest = build(chat, file, validation_size=1, split_time="t")
+    assert lines_of(newest, newest.validation) in ([3], [4])
 
 
 def test_a_size_that_leaves_nothing(chat: ChatTokenizer, tmp_path: Path) -> None:

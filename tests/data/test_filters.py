@@ -85,7 +85,7 @@ def test_near_duplicates_against_brute_force(threshold: float) -> None:
             words[chance.randrange(len(words))] = chance.choice(WORDS)
         copies.append(" ".join(words))
     signatures = np.stack([filters.minhash(text) for text in [*originals, *copies]])
-    removed = filters.near_duplicates(signatures, threshold, np.ones(300, dtype=np.bool_))
+    removed = filters.near_matches(signatures, threshold, np.ones(300, dtype=np.bool_))
     assert not removed[:150].any()  # the first of two stays
     similarity = np.array([jaccard(a, b) for a, b in zip(originals, copies, strict=True)])
     above, below = similarity > threshold + 0.05, similarity < threshold - 0.12
@@ -107,9 +107,9 @@ def test_a_chain_of_copies_keeps_its_first_and_what_is_not_like_it() -> None:
     same = texts(1)[0]
     signatures = np.stack([filters.minhash(text) for text in [*texts(3, seed=9), same, same, same, same]])
     kept = np.ones(7, dtype=np.bool_)
-    assert filters.near_duplicates(signatures, 0.8, kept).tolist() == [False] * 4 + [True] * 3
+    assert filters.near_matches(signatures, 0.8, kept).tolist() == [False] * 4 + [True] * 3
     kept[3] = False  # it was left out before
-    assert filters.near_duplicates(signatures, 0.8, kept).tolist() == [False] * 5 + [True] * 2
+    assert filters.near_matches(signatures, 0.8, kept).tolist() == [False] * 5 + [True] * 2
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 100])

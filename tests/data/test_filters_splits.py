@@ -73,13 +73,6 @@ def test_many_small_strata_give_as_much_together(size: int) -> None:
     assert max(counts.values()) - min(counts.get(n, 0) for n in range(200)) <= 1
 
 
-def test_the_newest_are_held_out() -> None:
-    times = np.array([5.0, 1.0, 9.0, 9.0, 3.0, 7.0])
-    keys = np.arange(6).astype(np.uint64)
-    assert np.flatnonzero(filters.hold_out_newest(times, keys, 3)).tolist() == [2, 3, 5]
-    assert np.flatnonzero(filters.hold_out_newest(times, keys, 1)).tolist() == [2]
-
-
 @settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=120),
