@@ -9,7 +9,6 @@ and the token that ends the turn. A sample without target tokens is never kept.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -84,7 +83,10 @@ def _shorten_prompt(
     samples: list[Sample], versions: list[list[Message]], conversation: Conversation,
     tokenizer: ChatTokenizer, limit: int, train_on: str,
 ) -> list[Sample] | None:  # fmt: skip
-    """Drop the oldest exchanges; if the last one alone is too long, cut the middle of its longest message."""
+    """Drop the fewest oldest exchanges; if the last one is too long, cut the middle of its longest message.
+
+    That message is from a user or a tool, and before the answers, so it is the same in all versions.
+    """
     if all(len(sample.ids) <= limit for sample in samples):
         return samples
     first_sample, messages = samples[0], versions[0]
@@ -92,50 +94,30 @@ def _shorten_prompt(
         # the turn is a sample of its own: the conversation up to it, without other targets
         earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:turn]]
         versions = [[*earlier, messages[turn]]]
-    shared = len(versions[0]) if len(versions) == 1 else conversation.answer_at
-    asked = [index for index, message in enumerate(versions[0][:shared]) if message["role"] == "user"]
+    shared = versions[0] if len(versions) == 1 else versions[0][: conversation.answer_at]
+    asked = [at for at, message in enumerate(shared) if message["role"] == "user"]
     if not asked:
         return None  # plain text has no exchanges
+    head, last = shared[:1] if shared[0]["role"] == "system" else [], len(asked) - 1
+    given = [at for at in range(asked[last], len(shared)) if shared[at]["role"] in ("user", "tool")]
+    longest = max(given, key=lambda at: len(shared[at]["content"]))
+    content = shared[longest]["content"]
 
-    def encode(shorter: list[list[Message]]) -> list[Sample]:
-        given = conversation.tools, train_on, conversation.template_args
-        rendered = [tokenizer.render_samples(messages, first_sample.record, *given)[-1] for messages in shorter]
-        return tokenizer.encode_now(rendered)
+    def shortened(by: int) -> list[Sample]:
+        """Without `by` exchanges; beyond the last one, without so many characters of its longest message."""
+        first, kept = asked[min(by, last)], len(content) - max(by - last, 0)
+        text = content[: (kept + 1) // 2] + OMITTED * (by > last) + content[len(content) - kept // 2 :]
+        made = [[*head, *m[first:longest], {**m[longest], "content": text}, *m[longest + 1 :]] for m in versions]
+        others = conversation.tools, train_on, conversation.template_args
+        return tokenizer.encode_now([tokenizer.render_samples(m, first_sample.record, *others)[-1] for m in made])
 
-    def without(first: int) -> list[list[Message]]:
-        return [[*head, *messages[first:]] for messages in versions]
+    def fits(by: int) -> bool:
+        return all(len(sample.ids) <= limit for sample in shortened(by))
 
-    def fits(first: int) -> bool:
-        return all(len(sample.ids) <= limit for sample in encode(without(first)))
-
-    head, last = versions[0][:1] if versions[0][0]["role"] == "system" else [], len(asked) - 1
-    first = asked[bisect.bisect_left(asked, True, min(1, last), last, key=fits)]  # drops the fewest exchanges
-    shorter = _cut_longest(without(first), len(head) + shared - first, encode, limit)
-    if shorter is None or not all(sample.is_target.any() for sample in shorter):
-        return None
-    return [replace(new, label=old.label) for new, old in zip(shorter, samples, strict=True)]
-
-
-def _cut_longest(
-    versions: list[list[Message]], shared: int, encode: Callable[[list[list[Message]]], list[Sample]], limit: int
-) -> list[Sample] | None:
-    """Cut as little as possible from the middle of the longest user or tool message, so that all samples fit.
-
-    The message is among the first `shared` ones, which are the same in all versions.
-    """
-    given = [at for at, message in enumerate(versions[0][:shared]) if message["role"] in ("user", "tool")]
-    longest = max(given, key=lambda at: len(versions[0][at]["content"]))
-    content = versions[0][longest]["content"]
-
-    def without(cut: int) -> list[Sample]:
-        kept = len(content) - cut
-        text = content[: (kept + 1) // 2] + OMITTED * (cut > 0) + content[len(content) - kept // 2 :]
-        return encode([[*m[:longest], {**m[longest], "content": text}, *m[longest + 1 :]] for m in versions])
-
-    def fits(cut: int) -> bool:
-        return all(len(sample.ids) <= limit for sample in without(cut))
-
-    cut = (
-        0 if fits(0) else bisect.bisect_left(range(len(content)), True, lo=1, key=fits)
-    )  # what replaces it is longer than 1
-    return without(cut) if cut < len(content) else None
+    by = bisect.bisect_left(range(last), True, min(1, last), key=fits)
+    if by == last and not fits(last):  # now by characters, of which one is not enough: OMITTED is longer
+        by = bisect.bisect_left(range(last + len(content)), True, last + 1, key=fits)
+        if by == last + len(content):
+            return None  # not even without the whole message
+    found = [replace(new, label=old.label) for new, old in zip(shortened(by), samples, strict=True)]
+    return found if all(sample.is_target.any() for sample in found) else None
