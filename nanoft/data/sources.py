@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nanoft import UserError
-from nanoft.io.hub import download, reason_of
+from nanoft.io.hub import download
 from nanoft.io.untrusted import one_line
 
 Log = Callable[[str], None]  # called with lines for the user
@@ -146,12 +146,9 @@ def _download(part: str, name: str) -> str:
     endings = [suffix + packed for suffix in SUFFIXES for packed in ("", ".gz")]
     names = ("/*", "", "[0-9]*", "[-_.][0-9]*") if inside else ("*",)  # in a directory; shards of a split
     wanted = [inside + name + ending for name in names for ending in endings]
-    try:
-        patterns: dict[str, Any] = {"allow_patterns": [inside, *wanted], "ignore_patterns": METADATA}
-        root = download(f"{owner}/{repository}", repo_type="dataset", revision=revision or None, **patterns)
-    except Exception as error:  # the Hub client raises many types: no network, no such dataset, gated, bad name
-        raise UserError(f"{name}: {part}: could not be downloaded from the Hub: {reason_of(error)}") from None
-    return os.path.join(root, inside)
+    patterns: dict[str, Any] = {"allow_patterns": [inside, *wanted], "ignore_patterns": METADATA}
+    patterns |= {"repo_type": "dataset", "revision": revision or None}
+    return os.path.join(download(f"{owner}/{repository}", f"{name}: {part}:", **patterns), inside)
 
 
 def _suffix(path: Path) -> str:  # without .gz

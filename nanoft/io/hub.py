@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from nanoft import UserError
 from nanoft.io.bars import Bar
 from nanoft.io.untrusted import one_line
 
@@ -29,18 +30,19 @@ def cache_directory() -> Path:
     return Path(_cache.get() or constants.HF_HUB_CACHE)
 
 
-def download(repository: str, **options: Any) -> Path:
-    """The directory with a snapshot of a repository; raises the errors of the Hub's client, which have many types."""
+def download(repository: str, where: str, **options: Any) -> Path:
+    """The directory with a snapshot of a repository; `where` begins the message of a UserError."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
     bar: Any = Bar  # the client declares a narrower type
-    return Path(snapshot_download(repository, cache_dir=_cache.get(), tqdm_class=bar, **options))
-
-
-def reason_of(error: Exception) -> str:
-    """Why a download failed, in one line."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    if isinstance(error, LocalEntryNotFoundError):
-        return "not in the cache, and the Hub is not reachable"
-    return one_line(error) or type(error).__name__
+    try:
+        return Path(snapshot_download(repository, cache_dir=_cache.get(), tqdm_class=bar, **options))
+    except Exception as error:  # of many types: no network, no such repository, gated, bad name
+        reason = one_line(error) or type(error).__name__
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "not in the cache, and the Hub is not reachable"
+        if isinstance(error, GatedRepoError):
+            page = "datasets/" * (options.get("repo_type") == "dataset") + repository
+            reason = f"accept its terms at https://huggingface.co/{page}, then set HF_TOKEN: {reason}"
+        raise UserError(f"{where} could not be downloaded from the Hub: {reason}") from None

@@ -17,7 +17,7 @@ import torch
 
 from nanoft import UserError
 from nanoft.config import Config
-from nanoft.io.hub import download, reason_of
+from nanoft.io.hub import download
 from nanoft.io.tensor_files import TensorHeader, read_header
 from nanoft.io.untrusted import read_json, resolve_file
 from nanoft.model import DecoderConfig
@@ -299,16 +299,8 @@ def find_model(name: str, field: str = "model.name", files: Sequence[str] = ALL_
         fault = "no such directory: give a model's directory or its name on the Hub"
     if fault:
         raise UserError(f"{field}: {name}: {fault}")
-    from huggingface_hub.errors import GatedRepoError
-
-    try:
-        return download(repository, revision=revision, allow_patterns=list(files))
-    except Exception as error:  # the Hub client raises many types: no network, no such model, gated, bad name
-        reason = reason_of(error)
-        if isinstance(error, GatedRepoError):
-            reason = f"accept its terms at https://huggingface.co/{repository}, then set HF_TOKEN: {reason}"
-        where = "no such directory, and could not be downloaded from the Hub"
-        raise UserError(f"{field}: {name}: {where}: {reason}") from None
+    where = f"{field}: {name}: no such directory, and"
+    return download(repository, where, revision=revision, allow_patterns=list(files))
 
 
 def split_reference(name: str) -> tuple[str, str | None]:

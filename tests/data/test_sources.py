@@ -224,6 +224,19 @@ def test_without_the_hub_it_says_so(hub: type[Hub], monkeypatch: pytest.MonkeyPa
     assert "\n" not in str(raised.value)
 
 
+def test_a_gated_data_set_names_its_page(hub: type[Hub]) -> None:
+    def refuse(self: Hub, _: bool) -> None:
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    hub.answer = refuse  # type: ignore[method-assign]
+    page = r"accept its terms at https://huggingface\.co/datasets/some/data, then set HF_TOKEN"
+    with pytest.raises(UserError, match=rf"^data\.train_file: hf://datasets/some/data: could not .* Hub: {page}"):
+        find_files("hf://datasets/some/data")
+
+
 # ---- Splits and configurations
 
 # Files of a directory -> those that train_file means, and those that validation_file means; a text: the error.
