@@ -40,23 +40,21 @@ class Sample:
     label: float = 1.0  # of an answer: 1 desirable, 0 not; of a pair: the margin of its first answer
 
 
+@dataclass(eq=False, repr=False)
 class TokenDataset(Sequence[Sample]):
     """Many samples in one array, which is shared by selections of them."""
 
-    def __init__(
-        self,
-        tokens: Array,  # (total,) int32: ids, targets as ~id
-        starts: Array,  # (n + 1,) int64: the start of each sample, and the end of the last one
-        all_records: Array,  # (n,): the record that each sample came from
-        chosen: Array,  # (m,) int64: the samples of this selection, in order
-        all_labels: Array,  # (n,) float32
-        unit_size: int = 1,  # consecutive samples that belong together: 2 for pairs, the better answer first
-    ):
-        self.tokens, self.starts, self.all_records, self.chosen = tokens, starts, all_records, chosen
-        self.all_labels, self.unit_size = all_labels, unit_size
-        self.records, self.labels = all_records[chosen], all_labels[chosen]
-        self.begins = starts[chosen]
-        self.lengths = starts[chosen + 1] - self.begins
+    tokens: Array  # (total,) int32: ids, targets as ~id
+    starts: Array  # (n + 1,) int64: the start of each sample, and the end of the last one
+    all_records: Array  # (n,): the record that each sample came from
+    chosen: Array  # (m,) int64: the samples of this selection, in order
+    all_labels: Array  # (n,) float32
+    unit_size: int = 1  # consecutive samples that belong together: 2 for pairs, the better answer first
+
+    def __post_init__(self) -> None:
+        self.records, self.labels = self.all_records[self.chosen], self.all_labels[self.chosen]
+        self.begins = self.starts[self.chosen]
+        self.lengths = self.starts[self.chosen + 1] - self.begins
 
     @classmethod
     def of(cls, samples: Sequence[Sample], unit_size: int = 1) -> TokenDataset:
@@ -75,8 +73,6 @@ class TokenDataset(Sequence[Sample]):
 
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, (int, np.integer)):
-            if not -len(self) <= at < len(self):
-                raise IndexError(at)
             begin = int(self.begins[at])
             ids, is_target = decode_targets(np.asarray(self.tokens[begin : begin + int(self.lengths[at])]))
             return Sample(ids, is_target, int(self.records[at]), label=float(self.labels[at]))

@@ -68,11 +68,9 @@ class TensorHeader:
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """The tensors of a file by name, in the order of their bytes, without reading them."""
-    with open_safetensors(resolve_file(path)), open(path, "rb") as stream:
-        try:
-            table = parse_json(stream.read(int.from_bytes(stream.read(8), "little")))
-        except ValueError as error:
-            raise UserError(f"{path}: corrupted ({error}): download or copy it again") from None
+    resolve_file(path)
+    with open_safetensors(path), open(path, "rb") as stream:
+        table = parse_json(stream.read(int.from_bytes(stream.read(8), "little")))
     table.pop("__metadata__", None)
     ordered = sorted(table, key=lambda name: (table[name]["data_offsets"], name))
     return {name: TensorHeader(path, name, table[name]["dtype"], tuple(table[name]["shape"])) for name in ordered}
@@ -115,7 +113,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: safetensors maps the whole file
+    except (SafetensorError, OSError, MemoryError, ValueError) as error:  # MemoryError: safetensors maps it all
         raise UserError(f"{path}: corrupted ({error}): download or copy it again") from None
 
 
