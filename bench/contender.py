@@ -359,7 +359,7 @@ def write_packed(args: argparse.Namespace) -> dict[str, Any]:
 
 def tokenized(args: argparse.Namespace) -> Any:
     """The records of a file, tokenized by the demo's tokenizer."""
-    chat = ChatTokenizer.from_directory(HERE.parent / "configs" / "tiny" / "base")
+    chat = ChatTokenizer(HERE.parent / "configs" / "tiny" / "base")
     data = DataConfig(train_file=str(args.data), validation_split=0.0)
     return build_datasets(data, chat, args.seq, args.seed, lambda _: None).training
 

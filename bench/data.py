@@ -105,7 +105,7 @@ def make_tokenizer(directory: Path, data: Path) -> None:
 
 def run_nanoft(work: Path, near_duplicates: float | None = None, leaks: str = "ignore") -> dict[str, Any]:
     started = time.perf_counter()
-    chat = ChatTokenizer.from_directory(work / "model")
+    chat = ChatTokenizer(work / "model")
     near: dict[str, Any] = {"near_duplicates": near_duplicates, "near_leaks": leaks}
     data = DataConfig(train_file=str(work / "data.jsonl"), **near)
     corpus = build_datasets(data, chat, LENGTH, 0, print)
@@ -155,7 +155,7 @@ def run_batches(work: Path, packing: bool) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    chat = ChatTokenizer.from_directory(work / "model")
+    chat = ChatTokenizer(work / "model")
     corpus = build_datasets(DataConfig(train_file=str(work / "data.jsonl")), chat, LENGTH, 0, print)
     run = Batches(corpus.training, 4, 4, 0, chat.pad_id, pack_length=LENGTH if packing else None)
     started, tokens, windows = time.perf_counter(), 0, 0
@@ -208,7 +208,7 @@ def contend(name: str, work: Path) -> None:
 def packing(files: list[Path], tokenizer: Path, length: int) -> list[str]:
     """Share of tokens that are not padding, packed and not, on real data: a table line for each file."""
     lines = []
-    chat = ChatTokenizer.from_directory(tokenizer)
+    chat = ChatTokenizer(tokenizer)
     ways: list[dict[str, Any]] = [{}, {"group_by_length": True}, {"pack_length": length}]
     for file in files:
         corpus = build_datasets(DataConfig(train_file=str(file), validation_split=0.0), chat, length, 0, print)

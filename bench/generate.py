@@ -69,7 +69,7 @@ def task(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
 
     count = max(4 * args.batch, 16)
     if args.model == "tiny":
-        chat = ChatTokenizer.from_directory(TINY)
+        chat = ChatTokenizer(TINY)
         lines = QUESTIONS.read_text(encoding="utf-8").splitlines()[:count]
         prompts = [chat.encode_prompt(json.loads(line)["messages"][:-1]) for line in lines]
         return prompts, chat.stop_ids if args.stops else []

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from nanoft import UserError
 from nanoft.data.chat_tokenizer import ChatTokenizer
-from nanoft.data.template_sandbox import COMPILE_ERRORS
 from nanoft.io.tables import markdown_table
 
 HERE = Path(__file__).parent
@@ -101,8 +102,8 @@ def check(path: Path) -> list[tuple[str, str]]:
     source = path.read_text(encoding="utf-8")
     try:
         chat = read(source)
-    except COMPILE_ERRORS as error:
-        return [("DIFFERENT", f"not compiled: {error}")]
+    except UserError as error:
+        return [("DIFFERENT", f"not compiled: {str(error).rpartition('not valid: ')[2]}")]
     return [outcome for case in CASES for outcome in (*compare(chat, source, case), samples(chat, case))]
 
 
@@ -114,7 +115,13 @@ def read(source: str) -> ChatTokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     names = {*SPECIAL.values(), *re.findall(r"<[|｜][^<>{}' ]+[|｜]>|<(?:start|end)_of_turn>|\[/?[A-Z_]+\]", source)}
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in sorted(names)])
-    return ChatTokenizer(tokenizer, SPECIAL, source, stops(tokenizer))
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(json.dumps(SPECIAL), encoding="utf-8")
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stops(tokenizer)}))
+        (directory / "chat_template.jinja").write_text(source, encoding="utf-8")
+        return ChatTokenizer(directory)
 
 
 def stops(tokenizer: Tokenizer) -> list[int]:

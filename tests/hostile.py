@@ -637,7 +637,7 @@ def read(kind: str, path: Path, good: Path) -> str:
         if kind == "model":
             load_model(path, cpu, torch.float32)
         elif kind == "tokenizer":
-            chat = ChatTokenizer.from_directory(path)
+            chat = ChatTokenizer(path)
             list(chat.encode(chat.render_samples(talk, 0)))
         elif kind == "config":
             load_config(path / ("c.json" if (path / "c.json").exists() else "c.yaml"), [], {})

@@ -93,7 +93,7 @@ def test_both_answers_of_a_pair_are_the_same_call_and_no_request_is_one_of_a_con
 def test_no_held_out_prompt_is_in_the_training_data() -> None:
     config = load_config(TINY)
     d = config.data
-    chat = ChatTokenizer.from_directory(Path(config.model.name))
+    chat = ChatTokenizer(Path(config.model.name))
     corpus = build_datasets(d, chat, config.model.max_seq_length, config.system.seed, print)
     sides = (corpus.training, corpus.validation)
     training, held_out = (corpus.conversations(side, len(side)) for side in sides)

@@ -509,7 +509,7 @@ def test_the_example_of_the_tour_has_the_tokens_that_it_says() -> None:
     assert question
     answer = '{"name": "convert_money", "arguments": {"amount": 55, "from": "euros", "to": "pesos"}}'
     messages = [{"role": "user", "content": question[1]}, {"role": "assistant", "content": answer}]
-    chat = ChatTokenizer.from_directory(ROOT / "configs" / "tiny" / "base")
+    chat = ChatTokenizer(ROOT / "configs" / "tiny" / "base")
     (sample,) = chat.encode(iter(chat.render_samples(messages, 0)))
     said = f"{len(sample.ids)} tokens, {sample.is_target.sum()} of them targets"
     assert said in TOUR, f"docs/tour.md, section 2: write: {said}"

@@ -104,7 +104,7 @@ def test_all_of_another_file_is_measured_whatever_the_run_left_out(tmp_path: Pat
     train_run(tmp_path / "run", runs / "base", tmp_path / "d.jsonl", **settings)
     plain = write_records(tmp_path / "plain.jsonl", 40)
     measured = figures(tmp_path / "run", "--data", plain, "evaluation.prompts=0", out=tmp_path / "figures.json")
-    chat = ChatTokenizer.from_directory(runs / "base")
+    chat = ChatTokenizer(runs / "base")
     pairs = [json.loads(line) for line in plain.read_text().splitlines()]
     answers = [len(chat.tokenizer.encode(pair["completion"]).ids) + 1 for pair in pairs]
     assert measured["tuned"]["target_tokens"] == sum(answers)
@@ -228,7 +228,7 @@ def test_an_interrupt_ends_without_a_traceback(
 
 def perplexity_of(directory: Path, text: str, context: int) -> float:
     """Of the tokens of a plain text and its end, by transformers, through windows that overlap by half."""
-    chat = ChatTokenizer.from_directory(directory)
+    chat = ChatTokenizer(directory)
     (sample,) = chat.encode(iter([chat.text_sample(text, 0)]))
     model, ids = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager"), sample.ids.tolist()
     nats, counted = 0.0, 1

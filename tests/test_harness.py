@@ -56,7 +56,7 @@ def test_a_merged_model_has_the_same_likelihoods_there(runs: Path, tmp_path: Pat
     theirs = json.loads(found.read_text())["results"]["own"]["perplexity,none"]
 
     decoder = load_model(tmp_path / "merged", torch.device("cpu"), torch.float32)
-    chat = ChatTokenizer.from_directory(tmp_path / "merged")
+    chat = ChatTokenizer(tmp_path / "merged")
     samples = []
     for number, (prompt, answer) in enumerate(PAIRS):
         head, whole = (chat.tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, prompt + answer))

@@ -115,7 +115,7 @@ def test_the_merged_model_answers_as_the_run_does(runs: Path, tmp_path: Path) ->
     settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     expected = theirs.generate(**ids, **settings)[0, ids["input_ids"].shape[1] :].tolist()
     opened = open_model(str(runs / "lora"), CPU, torch.float32)
-    prompt = ChatTokenizer.from_directory(opened.tokenizer_directory).encode_prompt(messages)
+    prompt = ChatTokenizer(opened.tokenizer_directory).encode_prompt(messages)
     assert prompt == ids["input_ids"][0].tolist()
     assert generate(opened.model, [prompt], (), 24)[0].ids == expected
 
@@ -626,7 +626,7 @@ def test_the_tokenizer_of_training_is_exported(form: str, runs: Path, tmp_path: 
     (adapter / "generation_config.json").unlink(missing_ok=True)
     settings = json.loads((adapter / "tokenizer_config.json").read_text())
     text = json.loads((adapter / "tokenizer.json").read_text())
-    new = len(ChatTokenizer.from_directory(adapter).tokenizer.get_vocab())
+    new = len(ChatTokenizer(adapter).tokenizer.get_vocab())
     text["added_tokens"].append({**text["added_tokens"][-1], "id": new, "content": "<|done|>", "special": True})
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|done|>{% endfor %}"
     (adapter / "tokenizer.json").write_text(json.dumps(text))
@@ -634,7 +634,7 @@ def test_the_tokenizer_of_training_is_exported(form: str, runs: Path, tmp_path: 
     (adapter / "chat_template.jinja").unlink(missing_ok=True)
     out, sum_of_one = tmp_path / "out", ["--weights", "0.5"] if form == "peft" else []
     assert run_merge(adapter, "--out", out, "--format", form, *sum_of_one) == 0
-    chat, trained = ChatTokenizer.from_directory(out), ChatTokenizer.from_directory(adapter)
+    chat, trained = ChatTokenizer(out), ChatTokenizer(adapter)
     assert (chat.template, chat.stop_ids) == (template, trained.stop_ids)
     assert new in chat.stop_ids
     assert (out / "tokenizer.json").read_text() == (adapter / "tokenizer.json").read_text()

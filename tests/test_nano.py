@@ -47,7 +47,7 @@ def conversations() -> list[nano.Chat]:
 
 @pytest.fixture(scope="module")
 def corpus() -> Any:
-    chat = ChatTokenizer.from_directory(BASE)
+    chat = ChatTokenizer(BASE)
     return build_datasets(CONFIG.data, chat, CONFIG.model.max_seq_length, CONFIG.system.seed, print)
 
 

@@ -67,8 +67,8 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
         hub = HUB[name.split(",")[0]]
         directory = save(tmp_path_factory.mktemp("hub"), style(hub), tokenizer_json=byte_tokens(hub))
         if name == QUIET:
-            return ChatTokenizer.from_directory(directory, template_args={"enable_thinking": False})
-        return ChatTokenizer.from_directory(directory)
+            return ChatTokenizer(directory, template_args={"enable_thinking": False})
+        return ChatTokenizer(directory)
 
     return read_once
 
@@ -356,7 +356,7 @@ def mistral(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     name: str = request.param
     hub = replace(HUB[name], control=())
     directory = save(tmp_path_factory.mktemp("mistral"), style(hub), tokenizer_json=from_pieces(mistral_file(name)))
-    return name, ChatTokenizer.from_directory(directory)
+    return name, ChatTokenizer(directory)
 
 
 def taken(name: str, messages: list[Message]) -> list[Message]:

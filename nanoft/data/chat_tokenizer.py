@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
 from nanoft import UserError
 from nanoft.batches import Array, Sample
@@ -91,24 +91,26 @@ class _Turn(NamedTuple):
 class ChatTokenizer:
     """A model's tokenizer and chat template, read from its directory without transformers."""
 
-    directory: Path | None = None
-    added_ids: tuple[int, ...] = ()  # of model.add_tokens
-
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        special: dict[str, str],  # bos_token, eos_token, ...
-        template: str | None,
-        stop_ids: Iterable[int] = (),
+        directory: Path,  # with tokenizer.json, tokenizer_config.json, the chat templates and generation_config.json
         template_args: Mapping[str, Any] | None = None,  # more variables of the template: enable_thinking
-        tool_template: str | None = None,  # for conversations with tools, if it differs
+        template: str | None = None,  # a file, `chatml`, or a name in the model's own list; None: the model's own
         may_omit: bool = False,  # train without what the template omits instead of refusing it
+        add_tokens: Sequence[str] = (),  # model.add_tokens
         parses_control: bool = False,  # data.control_tokens=parse
     ):
-        self.tokenizer, self.template_args = tokenizer, dict(template_args or {})
-        self.template, self.may_omit = template or DEFAULT_TEMPLATE, may_omit
-        self.has_own_template = template is not None
-        self.special, ids = special, {key: tokenizer.token_to_id(text) for key, text in special.items()}
+        self.directory, self.template_args, self.may_omit = directory, dict(template_args or {}), may_omit
+        if taken := sorted(RESERVED & self.template_args.keys()):
+            raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
+        self.tokenizer = tokenizer = tokenizer_files.read_tokenizer(directory)
+        self.added_ids = tokenizer_files.add_tokens(tokenizer, add_tokens)
+        self.special, templates, stop_ids = tokenizer_files.read_settings(directory)
+        default, with_tools = templates.get("default"), templates.get("tool_use")  # the latter if it differs
+        if template is not None:
+            default, with_tools = chat_template.choose_template(template, templates, tokenizer), None
+        self.template, self.has_own_template = default or DEFAULT_TEMPLATE, default is not None
+        ids = {key: tokenizer.token_to_id(text) for key, text in self.special.items()}
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
         self.pad_id = 0  # padding is masked, so any row of the embedding will do; not every pad token has one
         first = tokenizer.encode("a", add_special_tokens=True).ids[:1]
@@ -119,8 +121,12 @@ class ChatTokenizer:
         self._environment = BoundedEnvironment(lambda: self.date)
         ends = {text for i in (*stop_ids, self.eos_id) if i is not None and (text := tokenizer.id_to_token(i))}
         made = self._environment, self.special, self.control.pattern, ends
-        self._plain = ChatTemplate(self.template, *made)
-        self._with_tools = ChatTemplate(tool_template, *made) if tool_template else self._plain
+        try:
+            self._plain = ChatTemplate(self.template, *made)
+            self._with_tools = ChatTemplate(with_tools, *made) if with_tools else self._plain
+        except COMPILE_ERRORS as error:
+            place = directory if template is None else f"model.chat_template: {template}"
+            raise UserError(f"{place}: the chat template is not valid: {error}") from None
         self.turn_end = self._plain.turn_end
         self.variables = self._plain.variables | self._with_tools.variables
         end_id = tokenizer.token_to_id(self.turn_end[0]) if self.turn_end else None
@@ -131,36 +137,11 @@ class ChatTokenizer:
         self.control.learn(stops, prompt)
 
     @classmethod
-    def from_directory(
-        cls, directory: Path, template_args: Mapping[str, Any] | None = None, template: str | None = None,
-        may_omit: bool = False, add_tokens: Sequence[str] = (), parses_control: bool = False,
-    ) -> ChatTokenizer:  # fmt: skip
-        """Read tokenizer.json, tokenizer_config.json, the chat templates and generation_config.json.
-
-        template: a file, `chatml`, or a name in the model's own list; None: the model's own.
-        """
-        if taken := sorted(RESERVED & {*(template_args or ())}):
-            raise UserError(f"data.template_args: {taken[0]}: is set by nanoft: remove it")
-        tokenizer = tokenizer_files.read_tokenizer(directory)
-        added_ids = tokenizer_files.add_tokens(tokenizer, add_tokens)
-        special, templates, stop_ids = tokenizer_files.read_settings(directory)
-        default, with_tools = templates.get("default"), templates.get("tool_use")
-        if template is not None:
-            default, with_tools = chat_template.choose_template(template, templates, tokenizer), None
-        try:
-            chat = cls(tokenizer, special, default, stop_ids, template_args, with_tools, may_omit, parses_control)
-        except COMPILE_ERRORS as error:
-            place = directory if template is None else f"model.chat_template: {template}"
-            raise UserError(f"{place}: the chat template is not valid: {error}") from None
-        chat.directory, chat.added_ids = directory, added_ids
-        return chat
-
-    @classmethod
     def from_config(cls, directory: Path, config: Config) -> ChatTokenizer:
         """The tokenizer with the template and the variables that a run's settings choose."""
         data, model = config.data, config.model
         choices = data.unrendered == "warn", model.add_tokens, data.control_tokens == "parse"
-        return cls.from_directory(directory, data.template_args, model.chat_template, *choices)
+        return cls(directory, data.template_args, model.chat_template, *choices)
 
     def fingerprint(self) -> str:
         """Everything that ids depend on: the tokenizer, the template, its variables, and its date if it prints one."""

@@ -37,9 +37,11 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(read_bytes(path, MAX_TOKENIZER))
         tokenizer.no_truncation()  # a tokenizer.json may ask for both
         tokenizer.no_padding()
-        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-        if largest >= MAX_ID:
-            raise ValueError(f"a token has the id {largest:,}")
+        ids = tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise ValueError("it has no tokens")
+        if max(ids) >= MAX_ID:
+            raise ValueError(f"a token has the id {max(ids):,}")
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         if len(special) > MAX_SPECIAL:
             raise ValueError(f"{len(special):,} control tokens: at most {MAX_SPECIAL:,} are allowed")

@@ -77,7 +77,7 @@ class LoadedModel:
 def open_chat_tokenizer(source: str, opened: LoadedModel, as_trained: bool = False) -> ChatTokenizer:
     """A model's tokenizer and template, with the arguments of its run and, with `as_trained`, the run's date."""
     if not is_run(source):
-        return ChatTokenizer.from_directory(opened.tokenizer_directory)
+        return ChatTokenizer(opened.tokenizer_directory)
     path, own = Path(source) / "config.json", Path(source) / TEMPLATE_FILE
     config = load_file(path)
     if own.is_file():  # as model.chat_template was when the run began
@@ -205,7 +205,7 @@ def _read_checkpoint(run: Path, other_base: str | None) -> TrainedAdapter:
     if config.lora.start_from:
         start = read_trained_adapter(config.lora.start_from, name)
         tokenizer, tokens = start.tokenizer, start.add_tokens
-    chat = ChatTokenizer.from_directory(tokenizer, add_tokens=tokens)
+    chat = ChatTokenizer(tokenizer, add_tokens=tokens)
     lora = with_added_tokens(lora, chat.added_ids, ModelFiles.read(base).decoder.tied)
     return TrainedAdapter(
         saved.path, base, name, tokenizer, lora, tensors, quantization, trained_in, base_sha256, step, tokens

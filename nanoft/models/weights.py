@@ -382,7 +382,7 @@ def describe_score(out: Path, decoder: DecoderConfig) -> None:
     """
     if not decoder.has_score:
         return
-    chat = ChatTokenizer.from_directory(out)
+    chat = ChatTokenizer(out)
     names = [chat.special.get(name, "") for name in ("pad_token", "unk_token", "bos_token")]
     ids = [*(chat.tokenizer.token_to_id(name) for name in names if name), *range(len(chat.stop_ids) + 1)]
     pad = next(i for i in ids if i is not None and i not in chat.stop_ids)
@@ -416,7 +416,7 @@ def copy_companions(source: Path, out: Path, base: Path | None = None, add_token
     stop_ids: list[int] = []
     settings = read_json(path) if path.is_file() else {}
     if (source / "tokenizer.json").is_file():
-        chat = ChatTokenizer.from_directory(source, add_tokens=add_tokens)
+        chat = ChatTokenizer(source, add_tokens=add_tokens)
         stop_ids = chat.stop_ids
         if add_tokens:
             write_file(out / "tokenizer.json", [chat.tokenizer.to_str(pretty=True).encode()])

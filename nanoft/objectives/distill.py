@@ -137,7 +137,7 @@ class Distill(Objective):
             self.teacher = OtherAdapter(adapter, model, self.adapters)
         else:
             self.teacher = Teacher(name, d.teacher_bits, model)
-        theirs = ChatTokenizer.from_directory(self.teacher.tokenizer).tokenizer.get_vocab()
+        theirs = ChatTokenizer(self.teacher.tokenizer).tokenizer.get_vocab()
         if theirs != self.prompts.chat.tokenizer.get_vocab():
             fix = "choose a teacher with the same tokenizer"
             raise UserError(f"distill.teacher: {name}: its vocabulary differs from {self.config.model.name}: {fix}")

@@ -116,8 +116,7 @@ def export(ctx: TrainContext, step: int) -> Path:
         adapters = inject_lora(model, ctx.config.lora, ctx.config.system.seed) if ctx.adapters else {}
         ctx = replace(ctx, model=model, adapters=adapters)
         load_weights(ctx, Checkpoint(ctx.checkpoints.path(step), {}))
-    where, base = ctx.run.directory, ctx.files.directory
-    tokenizer = ctx.tokenizer.directory or base
+    where, base, tokenizer = ctx.run.directory, ctx.files.directory, ctx.tokenizer.directory
     return save_result(where, ctx.model, ctx.adapters, base, ctx.config, step, ctx.machine.dtype, tokenizer)
 
 

@@ -40,7 +40,7 @@ CALLING = r"""{%- for t in tools or [] %}{{ t.function.name + ' ' }}{% endfor %}
 
 
 def with_template(directory: Path, source: Any, **more: Any) -> ChatTokenizer:
-    return ChatTokenizer.from_directory(save(directory, Style(source, None, "<|im_end|>", "<|im_end|>")), **more)
+    return ChatTokenizer(save(directory, Style(source, None, "<|im_end|>", "<|im_end|>")), **more)
 
 
 def learned(chat: ChatTokenizer, messages: list[Message], tools: Any = None, **more: Any) -> list[tuple[str, str]]:
@@ -91,7 +91,7 @@ def test_a_prompt_that_opens_a_thought_is_continued(tmp_path: Path, answer: Any,
 
 
 def test_thoughts_and_plain_answers_mix_and_a_record_may_choose(tmp_path: Path) -> None:
-    chat = ChatTokenizer.from_directory(save(tmp_path, STYLES["qwen"]))
+    chat = ChatTokenizer(save(tmp_path, STYLES["qwen"]))
     thought = {"role": "assistant", "content": "<think>\nTwo.\n</think>\n\n4"}
     plain, quiet = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", {"enable_thinking": False}
     assert learned(chat, [USER, thought]) == [(plain, thought["content"] + "<|im_end|>")]
@@ -187,7 +187,7 @@ def test_the_next_roles_token_ends_an_answer(tmp_path: Path) -> None:
     save(tmp_path, Style(template, None, "<|endoftext|>", ""))
     ids = [json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"][name] for name in ("<s>", "[INST]")]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    chat = ChatTokenizer.from_directory(tmp_path)
+    chat = ChatTokenizer(tmp_path)
     messages = [USER, called("f"), {"role": "tool", "content": "r"}, SPOKEN, USER, SPOKEN]
     assert [text for _, text in learned(chat, messages)] == ["f[INST]", "4<s>", "4<s>"]
 

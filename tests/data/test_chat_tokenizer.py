@@ -58,7 +58,7 @@ def target_texts(chat: ChatTokenizer, sample: Sample) -> list[str]:
 
 
 def read(directory: Path, style: Style, template_args: Any = None, **settings: Any) -> ChatTokenizer:
-    return ChatTokenizer.from_directory(save(directory, style, **settings), template_args)
+    return ChatTokenizer(save(directory, style, **settings), template_args)
 
 
 def with_template(directory: Path, template: str) -> ChatTokenizer:
@@ -71,12 +71,12 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     directory = TINY
     if request.param != "tiny":
         directory = save(tmp_path_factory.mktemp(request.param), STYLES[request.param])
-    return ChatTokenizer.from_directory(directory), AutoTokenizer.from_pretrained(directory)
+    return ChatTokenizer(directory), AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture(scope="module")
 def tiny() -> ChatTokenizer:
-    return ChatTokenizer.from_directory(TINY)
+    return ChatTokenizer(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_template_args_cannot_replace_what_every_template_is_given(tmp_path: Pat
 def test_template_file_beats_the_configuration(tmp_path: Path) -> None:
     save(tmp_path, STYLES["chatml"])
     (tmp_path / "chat_template.jinja").write_text("é{{ messages[0].content }}", encoding="utf-8")
-    assert ChatTokenizer.from_directory(tmp_path).render(one_turn("a")) == "éa"
+    assert ChatTokenizer(tmp_path).render(one_turn("a")) == "éa"
 
 
 def test_named_templates(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_stop_ids_come_from_both_files(tmp_path: Path) -> None:
     eos, other = CONTROL.index("<|im_end|>"), CONTROL.index("<|endoftext|>")
     for stored, expected in [(other, {eos, other}), ([eos, other], {eos, other}), (None, {eos})]:
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
-        assert set(ChatTokenizer.from_directory(directory).stop_ids) == expected
+        assert set(ChatTokenizer(directory).stop_ids) == expected
 
 
 def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_pad_token_may_be_beyond_the_embedding(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     stored = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**stored, "pad_token": "<pad>"}))
-    assert ChatTokenizer.from_directory(tmp_path).pad_id < size
+    assert ChatTokenizer(tmp_path).pad_id < size
 
 
 def test_turn_end_that_is_not_eos(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_prompt_is_a_prefix_of_the_training_ids(
 ) -> None:
     """For every assistant turn, the ids given in use are those before its targets in training."""
     directory = TINY if name == "tiny" else save(tmp_path, STYLES[name])
-    chat = ChatTokenizer.from_directory(directory, {"enable_thinking": False})
+    chat = ChatTokenizer(directory, {"enable_thinking": False})
     for messages in tiny_conversations:
         samples = samples_of(chat, messages)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -628,7 +628,7 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes | None
     else:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
-        ChatTokenizer.from_directory(tmp_path)
+        ChatTokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert named in str(caught.value)
 
@@ -636,6 +636,6 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes | None
 def test_the_tiny_tokenizer_needs_nothing_but_its_files(tmp_path: Path, tiny: ChatTokenizer) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path)
-    copied = ChatTokenizer.from_directory(tmp_path)
+    copied = ChatTokenizer(tmp_path)
     assert copied.encode_prompt(one_turn("a")[:1]) == tiny.encode_prompt(one_turn("a")[:1])
     assert copied.stop_ids == tiny.stop_ids == [2]

@@ -36,7 +36,7 @@ DEMO = ROOT / "configs" / "tiny" / "conversations.jsonl"
 
 @pytest.fixture(scope="module")
 def chat() -> ChatTokenizer:
-    return ChatTokenizer.from_directory(TINY)
+    return ChatTokenizer(TINY)
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_conversations_come_back_from_their_files(chat: ChatTokenizer, tmp_path:
 
 
 def test_several_samples_of_one_record(tmp_path: Path) -> None:
-    chat = ChatTokenizer.from_directory(save(tmp_path / "qwen", STYLES["qwen"]))
+    chat = ChatTokenizer(save(tmp_path / "qwen", STYLES["qwen"]))
     turns = talk("a", "<think>\nh\n</think>\n\nb", "c", "d")
     found = build(chat, write(tmp_path / "d.jsonl", [{"messages": turns[:2]}, {"messages": turns}]))
     assert lines_of(found, found.training) == [1, 2, 2]
@@ -135,7 +135,7 @@ def test_what_is_trained_on(chat: ChatTokenizer, tmp_path: Path, train_on: str) 
 
 def test_tools_reach_the_template(tmp_path: Path) -> None:
     template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + str(STYLES["chatml"].template)
-    chat = ChatTokenizer.from_directory(save(tmp_path / "m", Style(template, None, "<|im_end|>", "<|im_end|>")))
+    chat = ChatTokenizer(save(tmp_path / "m", Style(template, None, "<|im_end|>", "<|im_end|>")))
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
     found = build(chat, write(tmp_path / "d.jsonl", [{"messages": turns, "tools": [tool]}]))
@@ -310,7 +310,7 @@ def test_what_the_template_refuses_or_swallows_is_not_called_malformed(tmp_path:
         "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
         "{% if m.content != 'nothing' %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
     )
-    chat = ChatTokenizer.from_directory(save(tmp_path / "m", Style(template, None, "<|im_end|>", "<|im_end|>")))
+    chat = ChatTokenizer(save(tmp_path / "m", Style(template, None, "<|im_end|>", "<|im_end|>")))
     records = [pair(f"q{n}", "fine") for n in range(38)] + [pair("a", "no"), pair("b", "nothing")]
     found = build(chat, write(tmp_path / "d.jsonl", records))
     assert rejected(found) == [("refused by the chat template", 39), ("refused by the chat template", 40)]
@@ -527,7 +527,7 @@ def test_names_and_weights_make_records_different(chat: ChatTokenizer, tmp_path:
 
 
 def test_a_record_counts_once_however_many_samples_it_gives(tmp_path: Path) -> None:
-    chat = ChatTokenizer.from_directory(save(tmp_path / "qwen", STYLES["qwen"]))
+    chat = ChatTokenizer(save(tmp_path / "qwen", STYLES["qwen"]))
     long = "many words " * 30
     thought = "<think>\nh\n</think>\n\nb"  # not shown behind the next question: each answer is a sample
     records = [{"messages": talk(long, thought, "c", "d")}] * 2 + [{"messages": talk("a", thought, "c", long)}]
@@ -655,7 +655,7 @@ from nanoft.config import DataConfig
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import build_datasets, data_hash
 data = DataConfig(train_file=sys.argv[1], validation_split=0.0, format=sys.argv[3])
-prepared = build_datasets(data, ChatTokenizer.from_directory(Path(sys.argv[2])), 512, 0, print)
+prepared = build_datasets(data, ChatTokenizer(Path(sys.argv[2])), 512, 0, print)
 print("from the cache" if prepared.from_cache else "built")
 print("targets", prepared.report["training"]["target_tokens"])
 print("hash", data_hash(data))
@@ -735,12 +735,12 @@ def test_whatever_it_depends_on_makes_another_entry(chat: ChatTokenizer, tmp_pat
 
 def test_other_data_template_tokenizer_or_date_make_another_entry(tmp_path: Path) -> None:
     file = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(10)])
-    plain = ChatTokenizer.from_directory(save(tmp_path / "a", STYLES["chatml"]))
-    thinking = ChatTokenizer.from_directory(save(tmp_path / "b", STYLES["qwen"]))
-    without = ChatTokenizer.from_directory(tmp_path / "b", {"enable_thinking": False})
-    dated, later = (ChatTokenizer.from_directory(save(tmp_path / "c", STYLES["llama"])) for _ in range(2))
+    plain = ChatTokenizer(save(tmp_path / "a", STYLES["chatml"]))
+    thinking = ChatTokenizer(save(tmp_path / "b", STYLES["qwen"]))
+    without = ChatTokenizer(tmp_path / "b", {"enable_thinking": False})
+    dated, later = (ChatTokenizer(save(tmp_path / "c", STYLES["llama"])) for _ in range(2))
     later.date = later.date.replace(year=2020)
-    undated = ChatTokenizer.from_directory(tmp_path / "a")
+    undated = ChatTokenizer(tmp_path / "a")
     undated.date = later.date
     entries = [build(chat, file).directory for chat in (plain, thinking, without, dated, later, undated)]
     assert len(set(entries)) == 5

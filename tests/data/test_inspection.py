@@ -19,7 +19,7 @@ from nanoft.runtime.command import Check
 
 
 def read(directory: Path, style: Style, template_args: Any = None, **settings: Any) -> ChatTokenizer:
-    return ChatTokenizer.from_directory(save(directory, style, **settings), template_args)
+    return ChatTokenizer(save(directory, style, **settings), template_args)
 
 
 def build(path: Path, chat: ChatTokenizer, count: int = 20, limit: int = 512, **settings: Any) -> PreparedDataset:
@@ -82,7 +82,7 @@ def test_training_on_everything_passes(tmp_path: Path) -> None:
 
 
 def test_a_preview_has_ids_text_and_mask_of_chosen_samples(tmp_path: Path) -> None:
-    chat = ChatTokenizer.from_directory(TINY)
+    chat = ChatTokenizer(TINY)
     corpus = build(tmp_path / "d.jsonl", chat, limit=40, truncation="prompt")
     blocks = preview(corpus, chat, 0).split("==== ")[1:]
     assert [block.split(":")[0] for block in blocks] == ["shortest", "longest", "truncated", *["random"] * 3]
@@ -100,7 +100,7 @@ def test_a_preview_has_ids_text_and_mask_of_chosen_samples(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_window_as_the_model_sees_it(tmp_path: Path, packing: bool) -> None:
-    chat = ChatTokenizer.from_directory(TINY)
+    chat = ChatTokenizer(TINY)
     corpus = build(tmp_path / "d.jsonl", chat)
     batches = Batches(corpus.training, 2, 2, 0, chat.pad_id, pack_length=100 if packing else None)
     lines = list(show_window(batches, 0, corpus, chat, color=False))

@@ -59,7 +59,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def chat() -> ChatTokenizer:
-    return ChatTokenizer.from_directory(TINY)
+    return ChatTokenizer(TINY)
 
 
 @pytest.fixture(autouse=True)
@@ -366,7 +366,7 @@ def build(
 def test_both_answers_are_tokenized_as_transformers_renders_them(style: str, path: Path, tmp_path: Path) -> None:
     """The inference prompt is the prefix, and the answer ends in the end of its turn, once."""
     directory = save(tmp_path / "model", STYLES[style])
-    chat, reference = ChatTokenizer.from_directory(directory), AutoTokenizer.from_pretrained(directory)
+    chat, reference = ChatTokenizer(directory), AutoTokenizer.from_pretrained(directory)
     prompt = talk("*Be kind", "Hello", "Yes?", "And now?") if style != "qwen" else talk("And now?")
     corpus = build(path, chat, [{"prompt": prompt, "chosen": "Good answer", "rejected": "A bad, longer answer"}])
     asked = reference.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
@@ -388,7 +388,7 @@ def test_both_answers_are_tokenized_as_transformers_renders_them(style: str, pat
 
 
 def test_thoughts_of_both_answers_are_learned(path: Path, tmp_path: Path) -> None:
-    chat = ChatTokenizer.from_directory(save(tmp_path / "model", STYLES["qwen"]))
+    chat = ChatTokenizer(save(tmp_path / "model", STYLES["qwen"]))
     thought = [{"role": "assistant", "content": f"<think>\nthought {n}\n</think>\n\nA"} for n in range(2)]
     corpus = build(path, chat, [{"prompt": "Q", "chosen": [thought[0]], "rejected": [thought[1]]}])
     for n, sample in enumerate(corpus.training):

@@ -36,7 +36,7 @@ RECORDS: dict[str, tuple[dict[str, Any], str]] = {  # a record, and its referenc
 
 @pytest.fixture(scope="module")
 def chat() -> ChatTokenizer:
-    return ChatTokenizer.from_directory(TINY)
+    return ChatTokenizer(TINY)
 
 
 @pytest.fixture(autouse=True)

@@ -56,6 +56,9 @@ def test_a_model_needs_its_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer.json: not a valid tokenizer"):
         read_tokenizer(tmp_path)
+    Tokenizer(models.BPE({}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer.json: not a valid tokenizer: it has no tokens"):
+        read_tokenizer(tmp_path)
 
 
 def test_byte_widths_are_the_bytes_of_each_token() -> None:

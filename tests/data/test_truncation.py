@@ -30,7 +30,7 @@ def fit(sample: Sample, conversation: Conversation, chat: ChatTokenizer, limit: 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatTokenizer]:
     root = tmp_path_factory.mktemp("truncate")
-    return {name: ChatTokenizer.from_directory(save(root / name, STYLES[name])) for name in ("chatml", "llama", "qwen")}
+    return {name: ChatTokenizer(save(root / name, STYLES[name])) for name in ("chatml", "llama", "qwen")}
 
 
 def talk(*turns: tuple[str, str]) -> Conversation:

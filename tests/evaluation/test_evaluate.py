@@ -44,7 +44,7 @@ LENGTHS = [1, 40, 3, 3, 90, 7, 25]  # words of the answers: a mean of batch mean
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, ChatTokenizer, PreTrainedModel, Path]:
     directory = tmp_path_factory.mktemp("evaluate") / "model"
     reference = make_chat_model(directory)
-    return load_model(directory, CPU, torch.float32), ChatTokenizer.from_directory(directory), reference, directory
+    return load_model(directory, CPU, torch.float32), ChatTokenizer(directory), reference, directory
 
 
 def conversation(*turns: str) -> Conversation:

@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_is_evaluated_on_its_own_split_and_a_file_completely(run: Path) -> None:
-    config, chat = load_config(run / "config.json"), ChatTokenizer.from_directory(run.parent / "base")
+    config, chat = load_config(run / "config.json"), ChatTokenizer(run.parent / "base")
     own = read_held_out(config, choose_data(config, str(run), None), str(run), None, None, chat)
     file = str(write_records(run.parent / "more.jsonl", 5))
     data = choose_data(config, str(run), file)
@@ -54,7 +54,7 @@ def test_training_samples_are_never_evaluated_by_mistake(run: Path) -> None:
 def test_the_split_of_a_run_that_samples_is_that_of_its_training(tmp_path: Path) -> None:
     """Samples leave room for answers; a longer limit would have other samples, and another split."""
     make_chat_model(tmp_path / "base")
-    chat, (data, config) = ChatTokenizer.from_directory(tmp_path / "base"), (tmp_path / "data.jsonl", Config())
+    chat, (data, config) = ChatTokenizer(tmp_path / "base"), (tmp_path / "data.jsonl", Config())
     data.write_text(
         "".join(json.dumps({"prompt": f"{n} " + "again " * (3 * (n % 7)), "answer": f"{n}"}) + "\n" for n in range(60))
     )
@@ -67,7 +67,7 @@ def test_the_split_of_a_run_that_samples_is_that_of_its_training(tmp_path: Path)
 
 
 def test_a_general_text_is_one_sample_per_text(run: Path, tmp_path: Path) -> None:
-    chat = ChatTokenizer.from_directory(run.parent / "base")
+    chat = ChatTokenizer(run.parent / "base")
     (tmp_path / "a.txt").write_text("Once upon a time.\n\nThe end.")
     (sample,) = read_general(str(tmp_path / "a.txt"), chat, None)
     assert sample.is_target[1:].all()

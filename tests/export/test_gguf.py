@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -398,7 +399,8 @@ def test_the_tiny_demos_base_in_llama_cpp(dtype: str, tmp_path: Path) -> None:
 def test_what_the_file_cannot_say_is_told(made: Any, tmp_path: Path) -> None:
     opened, chat = made("mistral")
     more = [chat.tokenizer.token_to_id(token) for token in ("[INST]", "[/INST]")]
-    thinking = ChatTokenizer(chat.tokenizer, chat.special, chat.template, more, {"enable_thinking": False})
+    thinking = copy.copy(chat)
+    thinking.stop_ids, thinking.template_args = sorted({*chat.stop_ids, *more}), {"enable_thinking": False}
     stops, variables = write_gguf(opened, thinking, "x", "f32", "original", tmp_path / "model.gguf")
     assert stops == f"llama.cpp may not stop on the ids [{max(more)}]: pass their texts as stop strings"
     assert "used with {'enable_thinking': False}" in variables

@@ -11,7 +11,7 @@ from nanoft.export.gguf import modelfile
 
 
 def test_a_modelfile_names_the_file_the_stops_and_the_adapter(tmp_path: Path) -> None:
-    chat = ChatTokenizer.from_directory(save(tmp_path, STYLES["llama"]))
+    chat = ChatTokenizer(save(tmp_path, STYLES["llama"]))
     lines = modelfile("m.gguf", chat).splitlines()
     assert lines[1:3] == ["FROM ./m.gguf", 'PARAMETER stop "<|eot_id|>"']
     assert '"raw": true' in lines[4]

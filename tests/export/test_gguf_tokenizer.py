@@ -120,7 +120,7 @@ def in_llama_cpp(root: Path, tokenizer_json: str, style: str = "chatml", **setti
     """A tokenizer as llama.cpp has it, and as we do."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     base = save(root / "base", STYLES[style], tokenizer_json=tokenizer_json, **settings)
-    chat = ChatTokenizer.from_directory(base)
+    chat = ChatTokenizer(base)
     size = max(chat.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     make_reference("llama", root / "weights", vocab_size=size + 3, hidden_size=32, num_hidden_layers=1)
     for name in ("config.json", "model.safetensors"):
@@ -201,7 +201,7 @@ def test_the_tokens_of_phi_3_swallow_the_spaces_behind_them(tmp_path: Path) -> N
         assert ids_of(llama, text) == chat.tokenizer.encode(text, add_special_tokens=False).ids, text
     save(tmp_path / "other", STYLES["zephyr"], tokenizer_json=stripping(tokenizer.to_str()))
     with pytest.raises(UserError, match="'<unk>' strips the spaces around it"):
-        add_tokenizer(Mock(), ChatTokenizer.from_directory(tmp_path / "other"), 2000, "")
+        add_tokenizer(Mock(), ChatTokenizer(tmp_path / "other"), 2000, "")
 
 
 def test_a_space_before_the_first_word_only_is_none_where_chats_open_with_a_control_token(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_space_before_the_first_word_only_is_none_where_chats_open_with_a_cont
     assert ids_of(llama, text) == chat.tokenizer.encode(text, add_special_tokens=False).ids
     save(tmp_path / "other", STYLES["zephyr"], tokenizer_json=byte_fallback())
     with pytest.raises(UserError, match="a space before the first word only, but its chats begin with text"):
-        add_tokenizer(Mock(), ChatTokenizer.from_directory(tmp_path / "other"), 1000, "")
+        add_tokenizer(Mock(), ChatTokenizer(tmp_path / "other"), 1000, "")
 
 
 def test_the_tiny_demos_ids_are_llama_cpps(tmp_path: Path) -> None:
@@ -260,10 +260,10 @@ def test_what_llama_cpp_cannot_do_is_refused(case: str, tmp_path: Path) -> None:
     text, reason = REFUSED[case]
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=f"--format gguf: tokenizer.json is not supported by llama.cpp: .*{reason}"):
-        add_tokenizer(Mock(), ChatTokenizer.from_directory(tmp_path), 2000, "")
+        add_tokenizer(Mock(), ChatTokenizer(tmp_path), 2000, "")
 
 
 def test_more_tokens_than_embeddings_are_refused(tmp_path: Path) -> None:
     save(tmp_path, STYLES["chatml"])
     with pytest.raises(UserError, match=r"the id 3\d\d is beyond the model's 300 embeddings"):
-        add_tokenizer(Mock(), ChatTokenizer.from_directory(tmp_path), 300, "")
+        add_tokenizer(Mock(), ChatTokenizer(tmp_path), 300, "")

@@ -254,7 +254,7 @@ def test_a_base_without_a_template_gets_the_one_that_was_rendered_with(tmp_path:
     ]
     theirs = AutoTokenizer.from_pretrained(out)
     prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert prompt == ChatTokenizer.from_directory(tmp_path / "base").encode_prompt(messages)
+    assert prompt == ChatTokenizer(tmp_path / "base").encode_prompt(messages)
 
 
 # --- all or nothing

@@ -54,7 +54,7 @@ def test_prompts_that_are_long_or_that_the_template_refuses_are_left_out(tmp_pat
         "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('no') }}{% endif %}"
         "{{ m.content }}{% endfor %}"
     )
-    chat, model = ChatTokenizer.from_directory(tmp_path), load_model(tmp_path, torch.device("cpu"), torch.float32)
+    chat, model = ChatTokenizer(tmp_path), load_model(tmp_path, torch.device("cpu"), torch.float32)
     texts = ["no", "x" * 9 * PARITY_TOKENS, "yes"]
     prompts = [Prompt([{"role": "user", "content": text}], "") for text in texts]
     told = parity_record(model.eval(), chat, prompts, 0, "its own")

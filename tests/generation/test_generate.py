@@ -316,7 +316,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_answer_is_what_transformers_says_to_the_rendered_prompt(model_directory: Path) -> None:
-    chat = ChatTokenizer.from_directory(model_directory)
+    chat = ChatTokenizer(model_directory)
     model = load_model(model_directory, CPU, torch.float32).eval()
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say 4 please."}]
     theirs = AutoTokenizer.from_pretrained(model_directory)
@@ -336,7 +336,7 @@ def run(arguments: list[str], typed: str = "") -> subprocess.CompletedProcess[st
 
 
 def test_the_command_answers_a_prompt_and_stops(model_directory: Path) -> None:
-    chat = ChatTokenizer.from_directory(model_directory)
+    chat = ChatTokenizer(model_directory)
     model = load_model(model_directory, CPU, torch.float32).eval()
     expected = answer(model, chat, [{"role": "user", "content": "Say 4 please."}], 9)
     done = run([str(model_directory), "--prompt", "Say 4 please.", "--max-new-tokens", "9"])

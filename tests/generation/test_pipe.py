@@ -32,7 +32,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat(directory: Path) -> ChatTokenizer:
-    return ChatTokenizer.from_directory(directory)
+    return ChatTokenizer(directory)
 
 
 class Echo:

@@ -141,7 +141,7 @@ def distill(config: Config, adapters: Any, base: Path) -> Distill:
     """The objective without data."""
     none = TokenDataset.of([])
     corpus: Any = SimpleNamespace(training=none, validation=none, conversations=lambda *_: [])
-    return Distill(config, adapters, Prompts(config, corpus, ChatTokenizer.from_directory(base)))
+    return Distill(config, adapters, Prompts(config, corpus, ChatTokenizer(base)))
 
 
 def test_another_adapter_takes_the_place_of_the_students_only_while_it_teaches(base: Path, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def held_out(root: Path) -> TokenDataset:
     """Conversations as the chat template renders them."""
-    chat, reference = ChatTokenizer.from_directory(root / "base"), AutoTokenizer.from_pretrained(root / "base")
+    chat, reference = ChatTokenizer(root / "base"), AutoTokenizer.from_pretrained(root / "base")
     made: list[Sample] = []
     for line in (root / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[:4]:
         record = json.loads(line)
@@ -262,7 +262,7 @@ def test_a_pad_token_that_ends_turns_is_replaced(trained: Path, tmp_path: Path) 
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "pad_token": "<|im_end|>"}))
     run = train_run(tmp_path / "run", base, trained / "pairs.jsonl", training__objective="reward")
-    directory, chat = merged(tmp_path, "run", tmp_path), ChatTokenizer.from_directory(base)
+    directory, chat = merged(tmp_path, "run", tmp_path), ChatTokenizer(base)
     pad = json.loads((directory / "config.json").read_text())["pad_token_id"]
     assert pad not in chat.stop_ids
     assert AutoTokenizer.from_pretrained(directory).pad_token_id == pad

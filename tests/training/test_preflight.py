@@ -39,7 +39,7 @@ def build(path: Path, chat: ChatTokenizer, count: int = 20, limit: int = 512, **
 def test_the_row_of_the_stop_token(tmp_path: Path, factor: float, passed: bool) -> None:
     make_chat_model(tmp_path / "model")
     model = load_model(tmp_path / "model", torch.device("cpu"), torch.float32).requires_grad_(False)
-    chat = ChatTokenizer.from_directory(tmp_path / "model")
+    chat = ChatTokenizer(tmp_path / "model")
     corpus = build(tmp_path / "d.jsonl", chat)
     row = CONTROL.index("<|im_end|>")
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_the_row_of_the_stop_token(tmp_path: Path, factor: float, passed: bool) 
 def test_rows_that_only_fill_up_the_vocabulary_do_not_count(tmp_path: Path) -> None:
     make_chat_model(tmp_path / "model")
     model = load_model(tmp_path / "model", torch.device("cpu"), torch.float32).requires_grad_(False)
-    chat = ChatTokenizer.from_directory(tmp_path / "model")
+    chat = ChatTokenizer(tmp_path / "model")
     corpus = build(tmp_path / "d.jsonl", chat)
     with torch.no_grad():
         model.head[len(model.head) // 2 :] = 0  # not the row of the stop token
