@@ -71,6 +71,11 @@ LLAMA = r"""{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}"""
 
+# As in GLM: no token of its own ends a turn.
+NEXT_ROLE = r"""{% for m in messages %}{{ {'user': '<s>', 'tool': '[INST]'}.get(m.role, '</s>') + '\n' + m.content }}
+{%- if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '</s>\n' }}{% endif %}"""
+
 # Earlier thinking is dropped; the last answer gets an empty thought if it has none.
 QWEN = r"""{%- set ns = namespace(last=-1) %}
 {%- for message in messages %}

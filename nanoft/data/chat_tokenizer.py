@@ -144,10 +144,10 @@ class ChatTokenizer:
         return cls(directory, data.template_args, model.chat_template, *choices)
 
     def fingerprint(self) -> str:
-        """Everything that ids depend on: the tokenizer, the template, its variables, and its date if it prints one."""
+        """All that ids and targets depend on: tokenizer, template, its variables, stop tokens, the date if printed."""
         sources = [self.template, self._with_tools.source]
         date = self.date.date().isoformat() if "strftime_now" in "".join(sources) else ""
-        chosen = [self.template_args, self.special, date, self.control.parsed]
+        chosen = [self.template_args, self.special, date, self.control.parsed, self.stop_ids]
         variables = json.dumps([sources, *chosen], sort_keys=True, default=str)
         return variables + hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 

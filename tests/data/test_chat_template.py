@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from templates import CHATML, STYLES, Style, save
+from templates import CHATML, NEXT_ROLE, STYLES, Style, save
 from transformers import AutoTokenizer
 
 from nanoft import UserError
@@ -181,10 +181,7 @@ def test_a_template_is_chosen_by_name_or_file(tmp_path: Path) -> None:
 
 def test_the_next_roles_token_ends_an_answer(tmp_path: Path) -> None:
     """As in GLM: no token of its own ends a turn, and generation stops at the token of the next role."""
-    template = "{% for m in messages %}{{ {'user': '<s>', 'tool': '[INST]'}.get(m.role, '</s>') + '\n' + m.content }}"
-    template += "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ '</s>\n' }}{% endif %}"
-    save(tmp_path, Style(template, None, "<|endoftext|>", ""))
+    save(tmp_path, Style(NEXT_ROLE, None, "<|endoftext|>", ""))
     ids = [json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"][name] for name in ("<s>", "[INST]")]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     chat = ChatTokenizer(tmp_path)

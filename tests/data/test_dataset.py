@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from templates import STYLES, TINY, Style, save
+from templates import NEXT_ROLE, STYLES, TINY, Style, save
 
 from nanoft import UserError
 from nanoft.batches import Batches, Sample
@@ -643,6 +643,19 @@ def test_the_second_time_nothing_is_read(chat: ChatTokenizer, tmp_path: Path, mo
         patch.setattr(builder, "read_file", lambda *_: pytest.fail("read again"))
         assert same(build(chat, file, validation_split=0.2), first)
         assert build(chat, file, validation_split=0.2, packing=True).directory == first.directory
+
+
+def test_another_stop_token_is_not_answered_from_the_cache(tmp_path: Path) -> None:
+    """Which token ends an answer depends on generation_config.json, where the preflight check `stop` says to add it."""
+    file, model = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(9)]), tmp_path / "model"
+    model.mkdir()
+    save(model, Style(NEXT_ROLE, None, "<|endoftext|>", ""))
+    before = build(ChatTokenizer.from_directory(model), file)
+    stop = ChatTokenizer.from_directory(model).tokenizer.token_to_id("<s>")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop]}))
+    after = build(ChatTokenizer.from_directory(model), file)
+    last = [sample.ids[sample.is_target][-1] for sample in (before.training[0], after.training[0])]
+    assert last[0] != last[1] == stop
 
 
 # ---- Code: nanoft's own, and the user's
