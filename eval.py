@@ -129,7 +129,8 @@ def read_config(args: argparse.Namespace) -> Config:
     if fixed := [item for item in overrides if item.strip().startswith(FIXED)]:
         raise UserError(f"{fixed[0]}: cannot be changed here, because it defines {args.source}: remove it")
     if is_run(args.source):
-        return load_config(Path(args.source) / "config.json", overrides)
+        config = load_config(Path(args.source) / "config.json", overrides)
+        return config.override({"evaluation.max_new_tokens": config.answer_tokens})  # as in the run's report
     return Config().override({**read_overrides(overrides), "model.name": args.source})
 
 

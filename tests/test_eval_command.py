@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from preferences import SAMPLING
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,6 +149,15 @@ def test_other_data_and_overrides_are_used(runs: Path, tmp_path: Path) -> None:
     assert not {"exact_match", "stop_rate", "prompts"} & none["tuned"].keys()
     fewer = figures(runs / "lora", "evaluation.max_samples=2", out=tmp_path / "4.json")
     assert fewer["tuned"]["target_tokens"] < own["tuned"]["target_tokens"]
+
+
+def test_answers_are_as_long_as_those_that_a_run_sampled(runs: Path, tmp_path: Path) -> None:
+    changes = {**SAMPLING, "training__objective": "grpo", "rl__max_new_tokens": 9, "evaluation__max_new_tokens": 2}
+    run = train_run(tmp_path / "run", runs / "base", runs / "data.jsonl", **changes)
+    reported = json.loads((run / "report.json").read_text())["tuned"]
+    measured = figures(run, out=tmp_path / "figures.json")["tuned"]
+    for name in ("exact_match", "stop_rate", "response_tokens"):
+        assert measured[name] == reported[name]
 
 
 def test_an_adapter_directory_compares_with_its_base(runs: Path, tmp_path: Path) -> None:
