@@ -160,6 +160,17 @@ def test_answers_are_as_long_as_those_that_a_run_sampled(runs: Path, tmp_path: P
         assert measured[name] == reported[name]
 
 
+@pytest.mark.parametrize("name", ["label", "thumb"])
+def test_labeled_answers_of_another_file(name: str, runs: Path, tmp_path: Path) -> None:
+    """As a KTO run reads its own data, the field with another name named by data.label_field."""
+    lines = [{"prompt": f"Say {n}", "completion": f"{n}", name: n % 3 > 0} for n in range(24)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = {"training__objective": "kto", "data__label_field": None if name == "label" else name}
+    run = train_run(tmp_path / "run", runs / "base", tmp_path / "d.jsonl", **changes)
+    measured = figures(run, "--data", tmp_path / "d.jsonl", "evaluation.prompts=24", out=tmp_path / "figures.json")
+    assert measured["tuned"]["prompts"] == 16
+
+
 def test_an_adapter_directory_compares_with_its_base(runs: Path, tmp_path: Path) -> None:
     whole = figures(runs / "lora", "--data", runs / "data.jsonl", "--compare-base", *FEW, out=tmp_path / "1.json")
     adapter = runs / "lora" / "adapter"
@@ -452,6 +463,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "out of range": (["RUN", "evaluation.batch_size=0"], "evaluation.batch_size: 0 is out of range"),
     "another rank": (["RUN", "lora.rank=3"], "lora.rank=3: cannot be changed here"),
     "another split": (["RUN", "data.validation_split=0.5"], "another seed or data setting would change the split"),
+    "a filter of other data": (
+        ["RUN", "--data", "DATA", "data.max_samples=3"],
+        "data.max_samples=3: has no effect",
+    ),
+    "a label of other data": (
+        ["BASE", "--data", "DATA", "data.label_field=x"],
+        "data.label_field=x: has no effect",
+    ),
     "another seed": (["RUN", "system.seed=5"], "another seed or data setting would change the split"),
     "another model": (["RUN", "model.name=x"], "model.name=x: cannot be changed here"),
     "json in no directory": (["RUN", "--json", "/no/such/figures.json"], "--json: /no/such/figures.json"),

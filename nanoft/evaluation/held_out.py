@@ -44,17 +44,22 @@ class HeldOut:
 def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     """All of `--data FILE`, or the run's own validation split; checked before anything is loaded."""
     data = config.data
+    trained = load_config(Path(source) / "config.json", environment={}) if is_run(source) else Config()
     if file:  # read like the run's own data, but without splitting or filtering
         kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "unrendered", "train_on", "chunk")
-        settings: dict[str, Any] = {"label_field": "ignore", "control_tokens": data.control_tokens or "text"}
+        labeled = OBJECTIVES[config.training.objective].learns == "labels"
+        settings: dict[str, Any] = {"label_field": data.label_field if labeled else "ignore"}
         settings |= {name: getattr(data, name) for name in (*kept, "truncation", "roles")}
+        settings["control_tokens"] = data.control_tokens or "text"
         data = DataConfig(train_file=file, validation_split=0.0, deduplicate=False, **settings)
+        for name, value in vars(config.data).items():
+            if value not in (getattr(trained.data, name), getattr(data, name)):
+                raise UserError(f"data.{name}={value}: has no effect with --data, of which all is evaluated: remove it")
     if not data.train_file:
         what = "a model, not a run" if os.path.isdir(source) else "no such run"
         raise UserError(f"{source}: {what}, so there is no validation data: give --data FILE")
     find_files(data.train_file, "--data" if file else "data.train_file")
     if not file:
-        trained = load_config(Path(source) / "config.json", environment={})
         format_function(config.data.format)  # a function must be named on the command line again
         trained_on = dataclasses.replace(trained.data, format=trained.data.format.removeprefix(UNTRUSTED))
         if (trained_on, trained.system.seed) != (config.data, config.system.seed):
