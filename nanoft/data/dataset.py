@@ -69,10 +69,9 @@ class PreparedDataset:
         found = dict(self._read(records))
         return [found[record] for record in records]
 
-    def prompts(self, samples: TokenDataset) -> Iterator[str]:
-        """The prompt of each record's last answer, without the system message."""
-        for _, conversation in self._read(np.unique(samples.records).tolist()):
-            yield conversation.prompt(system=False)
+    def stream(self, samples: TokenDataset) -> Iterator[Conversation]:
+        """The conversations that samples came from, in the order of the files, read as they are needed."""
+        return (conversation for _, conversation in self._read(np.unique(samples.records).tolist()))
 
     def field_values(self, samples: TokenDataset, name: str) -> list[str]:
         """The value of a field in the record of each sample; `(none)` where it is missing."""

@@ -14,9 +14,10 @@ has the longest history: the first window counts all its tokens, each later wind
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -204,11 +205,10 @@ def _text_bytes(chat: ChatTokenizer, sample: Sample) -> int:
 # ---- Answers
 
 
-def held_out_prompts(conversations: Sequence[Conversation], limit: int) -> list[Prompt]:
+def held_out_prompts(conversations: Iterable[Conversation], limit: int) -> list[Prompt]:
     """The last turn of the first `limit` conversations that end with an answer rather than a tool call."""
-    good = [c for c in conversations if c.messages and (c.worse or c.label)]
-    chats = [c for c in good if not c.messages[-1].get("tool_calls")][:limit]
-    return [Prompt.of(c) for c in chats]
+    good = (c for c in conversations if c.messages and (c.worse or c.label) and not c.messages[-1].get("tool_calls"))
+    return [Prompt.of(c) for c in itertools.islice(good, limit)]
 
 
 def answer_all(

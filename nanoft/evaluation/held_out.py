@@ -96,7 +96,7 @@ def read_held_out(
     samples = corpus.training if file else corpus.validation
     if not len(samples):
         raise UserError(f"{source}: this run has no validation data (data.validation_split=0): give --data FILE")
-    prompts = held_out_prompts(corpus.conversations(corpus.untruncated(samples), e.prompts), e.prompts)
+    prompts = held_out_prompts(corpus.stream(corpus.untruncated(samples)), e.prompts)
     samples = samples.units(slice(e.max_samples))
     return HeldOut(
         samples,
@@ -141,8 +141,9 @@ def _leakage_of_file(
         train_set = build_datasets(trained.data, chat, length, seed, print, learns=learns)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
-    prompts = list(corpus.prompts(samples))
-    exact, near = filters.count_leaks(prompts, train_set.prompts(train_set.training), NEAR)
+    prompts = [conversation.prompt(system=False) for conversation in corpus.stream(samples)]
+    trained_on = (conversation.prompt(system=False) for conversation in train_set.stream(train_set.training))
+    exact, near = filters.count_leaks(prompts, trained_on, NEAR)
     said = f"of {len(prompts):,} prompts, {exact:,} occur verbatim in the training data, and {near:,} nearly"
     return {"prompts": len(prompts), "exact": exact, "near": near, "said": said}
 

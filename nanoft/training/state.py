@@ -139,8 +139,8 @@ class TrainContext:
     @functools.cached_property
     def prompts(self) -> list[Prompt]:
         """The held-out prompts to answer, read again from their files."""
-        limit, samples = self.config.evaluation.prompts, self.corpus.untruncated(self.corpus.validation)
-        return held_out_prompts(self.corpus.conversations(samples, limit), limit)
+        samples = self.corpus.untruncated(self.corpus.validation)
+        return held_out_prompts(self.corpus.stream(samples), self.config.evaluation.prompts)
 
     @property
     def trained(self) -> list[tuple[str, nn.Parameter]]:

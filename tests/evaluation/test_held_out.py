@@ -13,6 +13,7 @@ from nanoft.config import Config
 from nanoft.config.loading import load_config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.evaluation.held_out import choose_data, read_general, read_held_out
+from nanoft.export import verify
 from nanoft.training import setup
 from tiny_models import make_chat_model, train_run, write_records
 
@@ -64,6 +65,21 @@ def test_the_split_of_a_run_that_samples_is_that_of_its_training(tmp_path: Path)
     assert 5 < 60 - len(corpus.training) - len(corpus.validation) < 50  # whose prompts leave no room
     found = read_held_out(config, config.data, str(tmp_path), None, None, chat)
     assert found.samples.records.tolist() == corpus.validation.records.tolist()
+
+
+def test_prompts_are_the_first_with_an_answer_to_learn(run: Path, tmp_path: Path) -> None:
+    """After validation records without one, here undesirable answers; the same in a run, eval.py and merge.py."""
+    lines = [json.dumps({"prompt": f"Say {n}", "completion": f"{n}", "label": n % 12 > 5}) + "\n" for n in range(24)]
+    (tmp_path / "held.jsonl").write_text("".join(lines[:12]))
+    (tmp_path / "data.jsonl").write_text("".join(lines[12:]))
+    held = {"data__validation_file": str(tmp_path / "held.jsonl"), "data__validation_split": 0.05}
+    changes = {**held, "training__objective": "kto", "evaluation__prompts": 3}
+    kto = train_run(tmp_path / "run", run.parent / "base", tmp_path / "data.jsonl", **changes)
+    config, chat = load_config(kto / "config.json"), ChatTokenizer.from_directory(run.parent / "base")
+    found = read_held_out(config, choose_data(config, str(kto), None), str(kto), None, None, chat)
+    assert [prompt.text for prompt in found.prompts] == ["Say 6", "Say 7", "Say 8"]
+    assert json.loads((kto / "report.json").read_text())["tuned"]["prompts"] == 3
+    assert [prompt.text for prompt in verify.held_out(str(kto), chat)[1]] == [f"Say {n}" for n in range(6, 12)]
 
 
 def test_a_general_text_is_one_sample_per_text(run: Path, tmp_path: Path) -> None:
