@@ -213,8 +213,13 @@ def _is_intact(entry: Path) -> bool:
 
 def _prune(home: Path, newest: Path) -> None:
     """Delete the least recently used entries, and the leftovers of builds that were killed."""
-    entries = sorted((p for p in home.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
-    stale = [p for p in entries if p.name.startswith(".tmp-") and time.time() - p.stat().st_mtime > STALE_AFTER]
+    used: dict[Path, float] = {}  # directory -> when it was last used
+    for path in home.iterdir():
+        with contextlib.suppress(OSError):  # another process may delete or rename it meanwhile
+            used |= {path: path.stat().st_mtime} if path.is_dir() else {}
+    builds = {path for path in used if path.name.startswith(".tmp-")}
+    entries = sorted(used.keys() - builds, key=used.__getitem__, reverse=True)
+    stale = [path for path in builds if time.time() - used[path] > STALE_AFTER]
     for path in [*entries[MAX_ENTRIES:], *stale]:
         if path != newest:
             shutil.rmtree(path, ignore_errors=True)

@@ -161,6 +161,40 @@ def test_what_was_not_used_for_longest_goes(home: Path, monkeypatch: pytest.Monk
     assert {key for key, entry in entries.items() if entry.exists()} == {"b", "d"}
 
 
+def test_a_build_in_progress_is_kept_however_many_entries_are_newer(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "MAX_ENTRIES", 1)
+    other = Builder()
+
+    def slow(directory: Path) -> None:
+        (directory / "first").write_text("x")
+        os.utime(directory, (time.time() - 100,) * 2)
+        other.get("other")
+        (directory / "second").write_text("y")
+
+    entry, _ = load_or_build("k", slow, print)
+    assert content(entry).keys() == {"first", "second", "manifest.json"}
+    assert list(home.iterdir()) == [entry]
+
+
+def test_directories_that_vanish_meanwhile_do_not_matter(home: Path) -> None:
+    """Other processes create and delete theirs."""
+    home.mkdir()
+    code = (
+        "import contextlib, os, sys\n"
+        "while True:\n"
+        "    with contextlib.suppress(OSError):\n        os.mkdir(sys.argv[1])\n"
+        "    with contextlib.suppress(OSError):\n        os.rmdir(sys.argv[1])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(home / ".tmp-x")]) as other:
+        try:
+            for number in range(300):
+                Builder().get(str(number))
+        finally:
+            other.kill()
+
+
 def test_no_place_to_write_but_for_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
