@@ -178,8 +178,9 @@ def load_or_build(key: str, build: Callable[[Path], None], log: Log) -> tuple[Pa
                 temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
             except OSError as error:
                 log(f"warning: {home}: the cache is not writable ({error.strerror}): the data is not cached")
-                entry = Path(tempfile.mkdtemp(prefix="nanoft-"))
-                atexit.register(shutil.rmtree, entry, ignore_errors=True)
+                entry = Path(tempfile.mkdtemp(prefix="nanoft-")) / entry.name  # by which ranks compare their data
+                atexit.register(shutil.rmtree, entry.parent, ignore_errors=True)
+                entry.mkdir()
                 build(entry)
                 return entry, False
             try:

@@ -477,6 +477,15 @@ def test_ranks_that_differ_are_refused_by_one_of_them(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_each_rank_builds_the_same_data_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    changes = {"training__max_steps": 1, "training__eval_steps": 0, "evaluation__prompts": 0}
+    out, err = run(2, tmp_path / "run", **changes)
+    assert codes(tmp_path / "run") == {0: 0, 1: 0}, err
+    assert out.count("the cache is not writable (Not a directory): the data is not cached") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "reason"),
