@@ -148,7 +148,7 @@ def build(
     """Model, adapters, optimizer and checkpoints."""
     config, machine = planner.config, planner.machine
     tokens = setup.vocabulary(files, tokenizer, start)
-    check_embeddings(corpus, tokens, planner.decoder.positions, config.model.max_seq_length)
+    check_embeddings(corpus, tokens, planner.decoder.positions, config)
     plan = planner.choose_activations(*planner.longest_shape(batches))  # from what is free before the model is loaded
     model = setup.load_base(config, machine, files, tokens)  # quantized while it streams from disk
     model.activation_policy = distributed.broadcast_from_rank0(lambda: plan.keep)

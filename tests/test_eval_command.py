@@ -14,6 +14,7 @@ import pytest
 import torch
 from preferences import SAMPLING
 from safetensors.torch import load_file, save_file
+from tiny_families import make_family
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -275,6 +276,20 @@ def test_a_long_text_is_measured_whole(runs: Path, tmp_path: Path) -> None:
     other = figures(*arguments, "evaluation.stride=8", out=tmp_path / "8.json")
     assert other["tuned"]["target_tokens"] == measured["tuned"]["target_tokens"]
     assert other["tuned"]["perplexity"] != measured["tuned"]["perplexity"]
+
+
+def test_windows_are_no_longer_than_the_learned_positions(tmp_path: Path) -> None:
+    """Of GPT-2, with the default model.max_seq_length, which is longer."""
+    make_family("gpt2", tmp_path / "base", max_position_embeddings=48)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = (tmp_path / "base", "--data", tmp_path / "text.jsonl", "--general", tmp_path / "text.txt")
+    found = figures(*arguments, out=tmp_path / "figures.json")["tuned"]
+    expected = perplexity_of(tmp_path / "base", TEXT, 48)
+    assert [found["perplexity"], found["general_perplexity"]] == pytest.approx([expected] * 2, rel=1e-4)
+    strides = ("evaluation.stride=500", "evaluation.stride=47")
+    longest, same = (figures(*arguments, stride, out=tmp_path / "figures.json")["tuned"] for stride in strides)
+    assert longest == same
 
 
 def test_forgetting_is_probed_on_a_general_text(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

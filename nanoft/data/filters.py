@@ -199,3 +199,9 @@ def preferred(samples: TokenDataset) -> TokenDataset:
     """Only the preferred samples."""
     s, chosen = samples, samples.chosen[is_preferred(samples)]
     return TokenDataset(s.tokens, s.starts, s.all_records, chosen, s.all_labels)
+
+
+def prompt_lengths(samples: TokenDataset) -> Array:
+    """The tokens of each sample before its first target, (n,)."""
+    targets = np.flatnonzero(samples.tokens < 0)
+    return targets[np.searchsorted(targets, samples.begins)] - samples.begins

@@ -15,20 +15,22 @@ import numpy as np
 
 from nanoft import UserError
 from nanoft.batches import Batches, Sample, TokenDataset
+from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
-from nanoft.data.filters import is_preferred
+from nanoft.data.filters import is_preferred, prompt_lengths
 from nanoft.runtime.command import Check
 
 SAMPLES_CHECKED = 2000  # evenly spread
 
 
-def check_embeddings(corpus: PreparedDataset, vocab_size: int, positions: int, max_seq_length: int) -> None:
+def check_embeddings(corpus: PreparedDataset, vocab_size: int, positions: int, config: Config) -> None:
     """Raise a UserError if a token id or a learned position (0: none) lies outside the model's embedding."""
-    longest = max(int(samples.lengths.max()) for samples in (corpus.training, corpus.validation) if len(samples))
-    longest = min(longest, max_seq_length)
+    sides, more = [side for side in (corpus.training, corpus.validation) if len(side)], config.sampled_tokens
+    longest = max(int((prompt_lengths(side) + more if more else side.lengths).max()) for side in sides)
+    longest, what = min(longest, config.model.max_seq_length), "prompts and answers" if more else "samples"
     if 0 < positions < longest:
-        raise UserError(f"model.max_seq_length: samples have up to {longest} tokens: set it to the base's {positions}")
+        raise UserError(f"model.max_seq_length: {what} have up to {longest} tokens: set it to the base's {positions}")
     largest = int(corpus.used_ids[-1])
     if largest >= vocab_size:
         found = f"its vocabulary has {vocab_size:,} tokens, but its tokenizer gives the id {largest:,}"

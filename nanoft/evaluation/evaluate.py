@@ -144,8 +144,10 @@ def likelihoods(
     """NLL of every token of every sample except the first, which nothing predicts.
 
     Samples longer than `context` are read in windows; each window after the first counts `stride` < `context` tokens.
-    None: half of the context.
+    None: half of the context. Both end where learned positions do.
     """
+    context = min(context, model.config.positions or context)
+    stride = min(stride, context - 1) if stride else None
     device, samples = model.device, TokenDataset.of(samples)
     nats, counted = np.zeros((len(samples), 2)), [sample.is_target[1:] for sample in samples]
     pieces = [(number, *w) for number, size in enumerate(samples.lengths) for w in windows(int(size), context, stride)]

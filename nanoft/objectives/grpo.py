@@ -33,6 +33,7 @@ from nanoft.blocks.trained import Adapter
 from nanoft.config import Config
 from nanoft.config.functions import RUN
 from nanoft.config.settings import RLConfig, TrainingConfig
+from nanoft.data.filters import prompt_lengths
 from nanoft.data.formats import Learns
 from nanoft.generation.sampling import GREEDY, Sampling
 from nanoft.loss import token_nll
@@ -42,7 +43,7 @@ from nanoft.models.open import is_run
 from nanoft.objectives.objective import Objective
 from nanoft.objectives.preference import add, means
 from nanoft.objectives.reference import Reference, answer_tokens
-from nanoft.objectives.rollouts import Prompts, Rollout, check_answers_fit, prompt_lengths
+from nanoft.objectives.rollouts import Prompts, Rollout, check_answers_fit
 from nanoft.runtime.command import StopRequest
 
 SMALL = 1e-4  # added to the standard deviation of a group's rewards

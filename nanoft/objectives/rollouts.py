@@ -19,6 +19,7 @@ from nanoft.batches import Array, Batch, Batches, Sample, TokenDataset
 from nanoft.config import Config
 from nanoft.data.chat_tokenizer import ChatTokenizer
 from nanoft.data.dataset import PreparedDataset
+from nanoft.data.filters import prompt_lengths
 from nanoft.data.sources import Log
 from nanoft.generation.generate import stream
 from nanoft.generation.sampling import Sampling, completion_noise
@@ -52,12 +53,6 @@ class Rollout:
 def check_answers_fit(field: str, tokens: int, length: int) -> None:
     if tokens >= length:
         raise UserError(f"{field}: {tokens} leaves no room for prompts in model.max_seq_length={length}: lower it")
-
-
-def prompt_lengths(samples: TokenDataset) -> Array:
-    """The tokens of each sample before its first target, (n,)."""
-    targets = np.flatnonzero(samples.tokens < 0)
-    return targets[np.searchsorted(targets, samples.begins)] - samples.begins
 
 
 def with_room_for_answers(corpus: PreparedDataset, room: int, say: Log = print) -> PreparedDataset:

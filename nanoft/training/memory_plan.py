@@ -28,6 +28,7 @@ from nanoft.batches import Batches
 from nanoft.config import Config
 from nanoft.config.functions import RUN
 from nanoft.config.loading import load_file
+from nanoft.data.filters import prompt_lengths
 from nanoft.kernels.attention import CHUNK
 from nanoft.kernels.decode import MEMORY_SHARE
 from nanoft.kernels.experts import MULTIPLE
@@ -41,7 +42,6 @@ from nanoft.models.model_files import ModelFiles
 from nanoft.models.open import find_adapter, is_run, read_trained_adapter, with_added_tokens
 from nanoft.models.weights import add_score, choose_dequantize, grow_vocabulary
 from nanoft.objectives import OBJECTIVES, trains_score
-from nanoft.objectives.rollouts import prompt_lengths
 from nanoft.optim import OPTIMIZERS, check_optimizer
 from nanoft.recompute import ActivationPolicy, keep_by_policy
 from nanoft.runtime.device import Machine

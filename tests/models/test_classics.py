@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapters import CPU
 from peft import LoraConfig, get_peft_model
+from runs import one_line
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -129,3 +130,9 @@ def test_learned_positions_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().err
     assert "model.max_seq_length: samples have up to" in said
     assert said.count("\n") == 1
+    grpo = ["training.objective=grpo", "rl.reward=max_words:9", "rl.max_new_tokens=40", "rl.prompts=2"]
+    grpo += ["training.gradient_accumulation_steps=4", "rl.group_size=4", f"data.train_file={tmp_path / 'short.jsonl'}"]
+    (tmp_path / "short.jsonl").write_text("".join(f'{{"prompt": "{n}", "completion": "{n}"}}\n' for n in range(9)))
+    assert train.main([str(run.with_suffix(".json")), *grpo]) == 2
+    assert "model.max_seq_length: prompts and answers have up to" in one_line(capsys.readouterr().err)
+    assert train.main([str(run.with_suffix(".json")), *grpo, "rl.max_new_tokens=8", "training.max_steps=1"]) == 0
