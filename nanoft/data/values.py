@@ -38,7 +38,7 @@ def as_json(value: Any, name: str) -> Any:
 
 def text_of(fields: dict[str, Any], name: str) -> str:
     value = fields[name]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):  # an int may exceed a float
         return json.dumps(value)
     if not isinstance(value, str):
         raise BadRecord(f"{name}: {json.dumps(value, default=str):.60} is not a string")

@@ -530,6 +530,7 @@ CORPUS: dict[str, tuple[bytes, Outcome]] = {
             "delimiter",
         ),
     ),
+    "long integer.jsonl": (lines(GOOD, answer(b"1" * 400)), (2,)),
     "nulls.jsonl": (
         lines(GOOD, answer(b"null"), b'{"prompt": null, "completion": null}', b"null"),
         (1, "completion: null is not a string", "prompt: null is not a string", "found NoneType"),

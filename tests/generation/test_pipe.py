@@ -143,6 +143,7 @@ MISTAKES = {
     b'{"prompt": "a", "tools": [{"name": "f"}]}\n': "stdin:2: the chat template omits tools: remove them",
     b"\xff\n": "stdin:2: not UTF-8",
     b'"' + b"x" * 300 + b'"\n': "stdin:2: the prompt has ",
+    b'[{"role": "user", "content": ' + b"1" * 400 + b"}]\n": "stdin:2: the prompt has ",
 }
 
 
