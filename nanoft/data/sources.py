@@ -226,7 +226,8 @@ def _read_json(stream: IO[bytes], path: Path, delimiter: str | None) -> Iterator
 
 def _is_lines(stream: IO[bytes], path: Path) -> bool:
     """Whether one of the first hundred lines is an object; in a file called .json, the first line of several."""
-    lines = (line for line in itertools.islice(_lines(stream), 100) if line.strip())
+    first = itertools.takewhile(lambda line: line.strip() != b"[", _lines(stream))  # which begins an array
+    lines = (line for line in itertools.islice(first, 100) if line.strip())
     is_object = (line.startswith(b"{") and isinstance(_parse_line(line), dict) for line in lines)
     return next(is_object, False) and any(lines) if _suffix(path) == ".json" else any(is_object)
 
