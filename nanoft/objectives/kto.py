@@ -73,10 +73,11 @@ class KTO(Preference):
     def estimate_kl(self, model: Decoder, window: Window) -> float:
         """max(0, mean of log p(y'|x) - log p_ref(y'|x)) over a window, y' answering another prompt; nats per answer."""
         samples, rows, total = window.samples, max(len(batch.ids) for batch in window), 0.0
-        for batch in share_of_rank(eval_batches(self.mismatched(samples), rows, 0)):
-            made_of, batch = samples.chosen[batch.samples.chosen], batch.to(model.device)
-            reference = self.reference.logps(model, batch, "mismatched", made_of)
-            total += (sequence_logps(model, batch) - reference).double().sum().item()
+        with distributed.same_exception(model.device):
+            for batch in share_of_rank(eval_batches(self.mismatched(samples), rows, 0)):
+                made_of, batch = samples.chosen[batch.samples.chosen], batch.to(model.device)
+                reference = self.reference.logps(model, batch, "mismatched", made_of)
+                total += (sequence_logps(model, batch) - reference).double().sum().item()
         return max(0.0, distributed.all_reduce_sum(total)[0] / len(samples))
 
     def mismatched(self, samples: TokenDataset) -> TokenDataset:
@@ -111,8 +112,7 @@ class KTO(Preference):
     def evaluate(self, model: Decoder, batches: Iterable[Batch]) -> dict[str, float]:
         """As for pairs; an answer counts as correct if its reward is above beta KL, or below if it is undesirable."""
         held_out, before = list(batches), self.kl
-        with distributed.same_exception(model.device):
-            self.kl = self.estimate_kl(model, Window(held_out, [0, 0], [0, 0]))
+        self.kl = self.estimate_kl(model, Window(held_out, [0, 0], [0, 0]))
         try:
             return super().evaluate(model, held_out)
         finally:

@@ -134,11 +134,12 @@ class Reference:
             return
         found: dict[int, list[float]] = {}  # of a sample, in each form
         pieces = [batch.samples for samples in sides for batch in eval_batches(samples, batch_size, 0)]
-        for at in distributed.split_work(range(len(pieces))):
-            units = np.arange(len(pieces[at])).reshape(-1, pieces[at].unit_size)
-            batches = [collate(form(pieces[at]), list(units), 0).to(model.device) for form in forms.values()]
-            logps = torch.stack([sequence_logps(model, batch) for batch in batches], dim=1)
-            found |= zip(pieces[at].chosen.tolist(), logps.tolist(), strict=True)
+        with distributed.same_exception(model.device):
+            for at in distributed.split_work(range(len(pieces))):
+                units = np.arange(len(pieces[at])).reshape(-1, pieces[at].unit_size)
+                batches = [collate(form(pieces[at]), list(units), 0).to(model.device) for form in forms.values()]
+                logps = torch.stack([sequence_logps(model, batch) for batch in batches], dim=1)
+                found |= zip(pieces[at].chosen.tolist(), logps.tolist(), strict=True)
         found = distributed.all_gather_dict(found)
         known = torch.full((len(forms), max(found) + 1), torch.nan)
         known[:, list(found)] = torch.tensor(list(found.values())).T

@@ -80,6 +80,7 @@ class Prompts:
 
     def begin(self, model: Decoder) -> None:
         """Open reward models, on the policy's device."""
+        self.device = model.device
         self.rewards = Rewards(self.rl, self.log, lambda run: TrainedReward(run, model.device, model.dtype))
 
     def encode(self, record: int) -> list[int]:
@@ -148,7 +149,8 @@ class Prompts:
     def rewards_of(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[dict[str, float]]:
         """The rewards of answers by name. Every rank scores a share of the answers and receives all rewards."""
         own = list(distributed.split_work(range(len(answers))))
-        worth = self._score([prompts[at] for at in own], [answers[at] for at in own]).tolist()
+        with distributed.same_exception(self.device):
+            worth = self._score([prompts[at] for at in own], [answers[at] for at in own]).tolist()
         found = distributed.all_gather_dict(dict(zip(own, worth, strict=True)))
         return [dict(zip(self.rewards.columns, found[at], strict=True)) for at in sorted(found)]
 

@@ -140,7 +140,8 @@ def check_preferences(ctx: TrainContext) -> Check:
     @torch.no_grad()
     def evaluate(size: int) -> dict[str, float]:
         batches = share_of_rank(eval_batches(pairs, size, ctx.tokenizer.pad_id))
-        logps = [sequence_logps(ctx.model, batch.to(ctx.device)) for batch in batches]
+        with distributed.same_exception(ctx.device):
+            logps = [sequence_logps(ctx.model, batch.to(ctx.device)) for batch in batches]
         return {"preferred": distributed.all_reduce_sum(sum(int((logp[::2] > logp[1::2]).sum()) for logp in logps))[0]}
 
     with preserve_rng_state():

@@ -224,6 +224,49 @@ def test_two_ranks_are_one_with_twice_the_accumulation(
     close(result(tmp_path / "two"), result(tmp_path / "alone"), 1e-5)
 
 
+SHORT_ONCE = """
+from nanoft.objectives import kto, reference, rollouts
+from nanoft.training import preflight
+place, name, caller = {place}, {name!r}, {caller!r}
+real, failed = getattr(place, name), []
+def failing(*args):
+    if rank == 1 and not failed and caller in (None, sys._getframe(1).f_code.co_name):
+        failed.append(True)
+        torch.empty(2**60, dtype=torch.uint8)
+    return real(*args)
+setattr(place, name, failing)
+"""
+SHORT_IN: dict[str, tuple[str, dict[str, str | None], dict[str, Any]]] = {
+    "reference": ("dpo", {"place": "reference", "name": "sequence_logps", "caller": None}, FULL),
+    "pairs": ("dpo", {"place": "preflight", "name": "sequence_logps", "caller": None}, {}),
+    "divergence": ("kto", {"place": "kto", "name": "sequence_logps", "caller": "estimate_kl"}, {}),
+    "rewards": ("grpo", {"place": "rollouts.Prompts", "name": "_score", "caller": "rewards_of"}, {}),
+}
+
+
+@pytest.mark.parametrize("where", rest_is_slow([*SHORT_IN], "divergence"))
+def test_one_rank_runs_out_of_memory_once(where: str, root: Path, tmp_path: Path) -> None:
+    """The other rank takes smaller batches, too; figures are those of one process."""
+    objective, place, more = SHORT_IN[where]
+    changes = {
+        "model__name": root / "base",
+        "data__train_file": root / "pairs.jsonl",
+        "training__objective": objective,
+        "training__max_steps": 2,
+        "evaluation__prompts": 2 if objective == "grpo" else 0,
+        **settings_of_run(objective),
+        **more,
+    }
+    assert train.main(quick(tmp_path / "alone", **changes)) == 0
+    split = {"training__gradient_accumulation_steps": 1, **changes}
+    _, err = run(2, tmp_path / "two", SHORT_ONCE.format(**place), **split)
+    assert codes(tmp_path / "two") == {0: 0, 1: 0}, err
+    for kind in ("train", "eval"):
+        for ours, theirs in zip(events(tmp_path / "two", kind), events(tmp_path / "alone", kind), strict=True):
+            names = ["loss", *(name for name in ("kl", "reward") if name in theirs)]
+            assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["start", "full"])
 def test_sharded_the_reference_is_the_same(method: str, root: Path, start: Path, tmp_path: Path) -> None:
