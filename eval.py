@@ -107,15 +107,14 @@ def main(argv: list[str]) -> int:
             if not math.isfinite(figure.value):  # no figure is worth printing then
                 fault = "its weights are broken or overflow in model.dtype"
                 raise UserError(f"{args.source}: {name} is {figure.value}: {fault}")
-        values, text, markdown = report(
-            ReportInputs(
-                args.source, tuned, base, primary=next(iter(config.evaluation.metrics), "exact_match"),
-                limit=config.evaluation.max_new_tokens if loaded.adapters or is_run(args.source) else None,
-                groups=held_out.groups, leakage=held_out.leakage,
-                provenance=provenance(config, data, args.source, args.data),
-                shown=config.evaluation.samples, seed=config.system.seed,
-            )
+        inputs = ReportInputs(
+            args.source, tuned, base, primary=next(iter(config.evaluation.metrics), "exact_match"),
+            limit=config.evaluation.max_new_tokens if loaded.adapters or is_run(args.source) else None,
+            groups=held_out.groups, leakage=held_out.leakage,
+            provenance=provenance(config, data, args.source, args.data),
+            shown=config.evaluation.samples, seed=config.system.seed,
         )  # fmt: skip
+        values, text, markdown = report(inputs)
         text = f"{text.removeprefix(chr(10))}\n\nleakage   {held_out.leakage['said']}"
     print(for_terminal(redact(text)))
     write(args.json, "--json", to_json(values, indent=2) + "\n")

@@ -107,7 +107,7 @@ def run_nanoft(args: argparse.Namespace) -> dict[str, Any]:
     data = TokenDataset.of([Sample(empty, np.array([True]), record) for record in range(len(prompts))])
     turns = [[{"role": "user", "content": text(p)}, {"role": "assistant", "content": ""}] for p in prompts]
     conversations = [Conversation(messages, None, "random", at, answer_at=1) for at, messages in enumerate(turns)]
-    corpus: Any = SimpleNamespace(training=data, validation=data[:0], conversations=lambda s, n: conversations[:n])
+    corpus: Any = SimpleNamespace(training=data, validation=data[:0], conversations=lambda s: conversations[: len(s)])
     chat: Any = SimpleNamespace(
         stop_ids=[END], pad_id=PAD, decode=text, control=SimpleNamespace(remove=str),
         encode_prompt=lambda messages, *_: [int(word) for word in messages[-1]["content"].split()],

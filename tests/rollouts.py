@@ -96,7 +96,7 @@ def sampling(config: Config, adapters: dict[str, Adapter], records: dict[str, st
     corpus: Any = SimpleNamespace(
         training=samples,
         validation=samples[:0],
-        conversations=lambda part, limit: [conversations[record] for record in part.records.tolist()],
+        conversations=lambda part: (conversations[record] for record in np.unique(part.records)),
     )
     config = config.override({"rl.reward": config.rl.reward or ("exact_match",), "training.objective": "grpo"})
     prompts = Prompts(config, corpus, Numbers())  # type: ignore[arg-type]

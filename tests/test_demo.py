@@ -96,7 +96,7 @@ def test_no_held_out_prompt_is_in_the_training_data() -> None:
     chat = ChatTokenizer(Path(config.model.name))
     corpus = build_datasets(d, chat, config.model.max_seq_length, config.system.seed, print)
     sides = (corpus.training, corpus.validation)
-    training, held_out = (corpus.conversations(side, len(side)) for side in sides)
+    training, held_out = (list(corpus.conversations(side)) for side in sides)
     assert len(training) + len(held_out) >= 2000
     assert len(held_out) >= 200
     answered = set()  # everything before any answer that is learned, also of an earlier turn

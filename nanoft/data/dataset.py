@@ -63,20 +63,13 @@ class PreparedDataset:
     learns: Learns = "turns"
     from_cache: bool = False  # rather than built now
 
-    def conversations(self, samples: TokenDataset, limit: int) -> list[Conversation]:
-        """The first `limit` conversations that samples came from, read again from their files."""
-        records = list(dict.fromkeys(samples.records.tolist()))[:limit]
-        found = dict(self._read(records))
-        return [found[record] for record in records]
-
-    def stream(self, samples: TokenDataset) -> Iterator[Conversation]:
-        """The conversations that samples came from, in the order of the files, read as they are needed."""
+    def conversations(self, samples: TokenDataset) -> Iterator[Conversation]:
+        """The conversations that samples came from, in the order of the files, read again as they are needed."""
         return (conversation for _, conversation in self._read(np.unique(samples.records).tolist()))
 
     def field_values(self, samples: TokenDataset, name: str) -> list[str]:
         """The value of a field in the record of each sample; `(none)` where it is missing."""
-        found: dict[int, str] = {}
-        fields: dict[str, None] = {}
+        found, fields = dict[int, str](), dict[str, None]()
         for file, records in self._lines(samples.records.tolist()):
             for line, record in read_raw(file, self.data.delimiter):
                 if line in records and isinstance(record, dict):
@@ -131,11 +124,9 @@ def build_datasets(
     kind = arrays["labels"], 2 if learns == "pairs" else 1
     training, validation = (TokenDataset(*shared, arrays[name], *kind) for name in ("training", "validation"))
     report = json.loads((entry / REPORT).read_text(encoding="utf-8"))
-    origin = {name: arrays[name] for name in ("record_file", "record_line", "truncated", "used_ids")}
-    return PreparedDataset(
-        training, validation, report, entry, files, data=data, learns=learns,
-        from_cache=from_cache, **origin,
-    )  # fmt: skip
+    origin: dict[str, Any] = {"data": data, "learns": learns, "from_cache": from_cache}
+    origin |= {name: arrays[name] for name in ("record_file", "record_line", "truncated", "used_ids")}
+    return PreparedDataset(training, validation, report, entry, files, **origin)
 
 
 def data_provenance(data: DataConfig) -> dict[str, Any]:
@@ -250,10 +241,9 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     rows = [["records read", f"{report['read']:,}", ""]]
     rows += [[f"removed: {kind}", f"{count:,}", ""] for kind, count in report["removed"].items()]
     sides = [report["training"], report["validation"]]
-    for name in ("records", "samples", "tokens", "target_tokens"):
-        rows.append([name.replace("_", " "), *(f"{side[name]:,}" for side in sides)])
-    for name in sides[0].get("answers", ()):
-        rows.append([name, *(f"{side['answers'][name]:,}" for side in sides)])
+    counted = ("records", "samples", "tokens", "target_tokens")
+    rows += [[name.replace("_", " "), *(f"{side[name]:,}" for side in sides)] for name in counted]
+    rows += [[name, *(f"{side['answers'][name]:,}" for side in sides)] for name in sides[0].get("answers", ())]
     if report.get("near_equal"):
         rows.append(["nearly equal pairs", f"{report['near_equal']:,}", ""])
     for p in PERCENTILES:
@@ -268,7 +258,6 @@ def describe_data(report: dict[str, Any]) -> list[str]:
     if report["truncated"]:
         inside = f", {report['answers_cut']:,} inside an answer" if report["answers_cut"] else ""
         rows.append([f"truncated ({report['truncation']})", f"{report['truncated']:,}{inside}", ""])
-    for name, label in (("samples_lost", "samples skipped"), ("target_tokens_lost", "target tokens lost to length")):
-        if report[name]:
-            rows.append([label, f"{report[name]:,}", ""])
+    lost = {"samples_lost": "samples skipped", "target_tokens_lost": "target tokens lost to length"}
+    rows += [[label, f"{report[name]:,}", ""] for name, label in lost.items() if report[name]]
     return [*lines, markdown_table(["", "training", "validation"], rows)]

@@ -49,12 +49,7 @@ from nanoft.perplexity import evaluating, safe_exp
 from nanoft.runtime import distributed
 
 # Losses and the names of exp(loss), in the order of the report.
-PERPLEXITIES = {
-    "loss": "perplexity",
-    "prompt_loss": "prompt_perplexity",
-    "overall_loss": "overall_perplexity",
-    "general_loss": "general_perplexity",
-}
+PERPLEXITIES = {f"{part}loss": f"{part}perplexity" for part in ("", "prompt_", "overall_", "general_")}
 Judge = Callable[[Sequence[Prompt], Sequence[str]], list[dict[str, float]]]  # the rewards of answers, by name
 
 
@@ -254,8 +249,7 @@ def measure(
 
     For a reward model: its accuracy and margin on pairs.
     """
-    started = time.perf_counter()
-    figures: dict[str, Figure] = {}
+    started, figures, completions = time.perf_counter(), dict[str, Figure](), list[Completion]()
     if model.config.has_score:
         figures = reward_figures(model, TokenDataset.of(samples), e.batch_size) if len(samples) else figures
         return EvalResult(figures, [], time.perf_counter() - started)
@@ -268,7 +262,6 @@ def measure(
     if len(general):
         figures["general_loss"] = likelihoods(model, chat, general, e.batch_size, context, e.stride).figures()["loss"]
     sampling = Sampling(e.temperature, e.top_k, e.top_p, e.min_p, e.repetition_penalty)
-    completions: list[Completion] = []
     if prompts:
         completions = answer_all(model, chat, prompts, e.prompt_batch_size, e.max_new_tokens, sampling, seed)
         if judge and (rewards := judge(prompts, [c.answer for c in completions])):

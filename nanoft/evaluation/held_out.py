@@ -47,10 +47,9 @@ def choose_data(config: Config, source: str, file: str | None) -> DataConfig:
     trained = load_config(Path(source) / "config.json", environment={}) if is_run(source) else Config()
     if file:  # read like the run's own data, but without splitting or filtering
         kept = ("format", "columns", "delimiter", "max_bad_records", "template_args", "unrendered", "train_on", "chunk")
-        labeled = OBJECTIVES[config.training.objective].learns == "labels"
-        settings: dict[str, Any] = {"label_field": data.label_field if labeled else "ignore"}
+        label = data.label_field if OBJECTIVES[config.training.objective].learns == "labels" else "ignore"
+        settings: dict[str, Any] = {"label_field": label, "control_tokens": data.control_tokens or "text"}
         settings |= {name: getattr(data, name) for name in (*kept, "truncation", "roles")}
-        settings["control_tokens"] = data.control_tokens or "text"
         data = DataConfig(train_file=file, validation_split=0.0, deduplicate=False, **settings)
         for name, value in vars(config.data).items():
             if value not in (getattr(trained.data, name), getattr(data, name)):
@@ -96,7 +95,7 @@ def read_held_out(
     samples = corpus.training if file else corpus.validation
     if not len(samples):
         raise UserError(f"{source}: this run has no validation data (data.validation_split=0): give --data FILE")
-    prompts = held_out_prompts(corpus.stream(corpus.untruncated(samples)), e.prompts)
+    prompts = held_out_prompts(corpus.conversations(corpus.untruncated(samples)), e.prompts)
     samples = samples.units(slice(e.max_samples))
     return HeldOut(
         samples,
@@ -136,13 +135,12 @@ def _leakage_of_file(
     try:
         trained = load_config(Path(source) / "config.json", environment={})
         _require_unchanged(trained, source)
-        learns = OBJECTIVES[trained.training.objective].learns
-        length, seed = trained.sample_length, trained.system.seed
-        train_set = build_datasets(trained.data, chat, length, seed, print, learns=learns)
+        length, learns = trained.sample_length, OBJECTIVES[trained.training.objective].learns
+        train_set = build_datasets(trained.data, chat, length, trained.system.seed, print, learns=learns)
     except UserError as reason:
         return {"said": f"not checked: {reason}"}
-    prompts = [conversation.prompt(system=False) for conversation in corpus.stream(samples)]
-    trained_on = (conversation.prompt(system=False) for conversation in train_set.stream(train_set.training))
+    prompts = [conversation.prompt(system=False) for conversation in corpus.conversations(samples)]
+    trained_on = (conversation.prompt(system=False) for conversation in train_set.conversations(train_set.training))
     exact, near = filters.count_leaks(prompts, trained_on, NEAR)
     said = f"of {len(prompts):,} prompts, {exact:,} occur verbatim in the training data, and {near:,} nearly"
     return {"prompts": len(prompts), "exact": exact, "near": near, "said": said}

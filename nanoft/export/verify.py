@@ -138,7 +138,7 @@ def held_out(source: str, chat: ChatTokenizer) -> tuple[list[Sample], list[Promp
             learns, length = OBJECTIVES[config.training.objective].learns, config.sample_length
             corpus = build_datasets(config.data, chat, length, config.system.seed, print, learns=learns)
             samples = corpus.validation if len(corpus.validation) else corpus.training
-            prompts = held_out_prompts(corpus.stream(corpus.untruncated(samples)), PROMPTS)
+            prompts = held_out_prompts(corpus.conversations(corpus.untruncated(samples)), PROMPTS)
             return list(samples[: VERIFY_TOKENS // 8]), prompts
     return [], []
 

@@ -74,9 +74,8 @@ class Prompts:
         self.at_once = config.effective_batch_size()  # answers sampled together; fewer when memory runs out
         self.of_record: dict[int, Prompt] = {}
         for samples in (corpus.training, corpus.validation):
-            records = dict.fromkeys(samples.records.tolist())
-            read = corpus.conversations(samples, len(records))
-            self.of_record |= zip(records, (Prompt.of(c, c.answer_at) for c in read), strict=True)
+            prompts = (Prompt.of(c, c.answer_at) for c in corpus.conversations(samples))
+            self.of_record |= zip(np.unique(samples.records).tolist(), prompts, strict=True)
 
     def begin(self, model: Decoder) -> None:
         """Open reward models, on the policy's device."""

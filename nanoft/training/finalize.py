@@ -62,8 +62,7 @@ def finalize(ctx: TrainContext, state: TrainState, stop: StopRequest) -> int:
         training["overflow_steps"] = state.overflow_steps
     if state.meter.total_joules and distributed.world_size() == 1:  # the energy of other ranks is unknown
         training["energy_wh"] = round(state.meter.total_joules / JOULES_PER_WH, 6)
-    tuned = measure(ctx, state, ctx.model)
-    base = None
+    tuned, base = measure(ctx, state, ctx.model), None
     if not distributed.stop_requested(stop) and not ctx.config.model.random_init and not ctx.model.config.has_score:
         try:
             with base_model(ctx) as model:

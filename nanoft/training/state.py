@@ -140,7 +140,7 @@ class TrainContext:
     def prompts(self) -> list[Prompt]:
         """The held-out prompts to answer, read again from their files."""
         samples = self.corpus.untruncated(self.corpus.validation)
-        return held_out_prompts(self.corpus.stream(samples), self.config.evaluation.prompts)
+        return held_out_prompts(self.corpus.conversations(samples), self.config.evaluation.prompts)
 
     @property
     def trained(self) -> list[tuple[str, nn.Parameter]]:

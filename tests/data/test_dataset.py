@@ -104,12 +104,11 @@ def test_conversations_come_back_from_their_files(chat: ChatTokenizer, tmp_path:
     second = write(tmp_path / "b.jsonl", ["", *[pair(f"b{n}") for n in range(20)]])
     found = build(chat, f"{first},{second}", validation_split=0.5)
     for side in (found.training, found.validation):
-        conversations = found.conversations(side, 100)
+        conversations = list(found.conversations(side))
         assert [c.file for c in conversations] == [found.location(r).rpartition(":")[0] for r in side.records.tolist()]
         assert [c.line for c in conversations] == lines_of(found, side)
         texts = [chat.decode(sample.ids.tolist(), keep_special=True) for sample in side]
         assert texts == [chat.render(c.messages) for c in conversations]
-    assert len(found.conversations(found.training, 3)) == 3
 
 
 def test_several_samples_of_one_record(tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_several_samples_of_one_record(tmp_path: Path) -> None:
     turns = talk("a", "<think>\nh\n</think>\n\nb", "c", "d")
     found = build(chat, write(tmp_path / "d.jsonl", [{"messages": turns[:2]}, {"messages": turns}]))
     assert lines_of(found, found.training) == [1, 2, 2]
-    assert len(found.conversations(found.training, 9)) == 2
+    assert len(list(found.conversations(found.training))) == 2
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last_assistant", "all"])
@@ -140,7 +139,7 @@ def test_tools_reach_the_template(tmp_path: Path) -> None:
     tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
     found = build(chat, write(tmp_path / "d.jsonl", [{"messages": turns, "tools": [tool]}]))
     assert chat.decode(found.training[0].ids.tolist()).startswith("look_up ")
-    assert found.conversations(found.training, 1)[0].tools == [tool]
+    assert next(found.conversations(found.training)).tools == [tool]
 
 
 # ---- What is left out
@@ -236,7 +235,7 @@ def test_columns_are_mapped(chat: ChatTokenizer, tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("q;a;s\nHello;Hi;Be kind\nBye;See you;Be kind\n")
     columns = {"instruction": "q", "response": "a", "system": "s"}
     found = build(chat, tmp_path / "d.csv", columns=columns)
-    assert [m["content"] for m in found.conversations(found.training, 1)[0].messages] == ["Be kind", "Hello", "Hi"]
+    assert [m["content"] for m in next(found.conversations(found.training)).messages] == ["Be kind", "Hello", "Hi"]
     assert "(alpaca: system, instruction, output (response))" in describe_data(found.report)[0]
 
 
@@ -264,8 +263,8 @@ def test_only_the_training_split_of_a_directory_is_trained_on(chat: ChatTokenize
     data = DataConfig(train_file=str(tmp_path / "data"), validation_file=str(tmp_path / "data"))
     for _ in range(2):  # also from the cache
         found = build_datasets(data, chat, 512, 0, said.append)
-        assert {c.prompt() for c in found.conversations(found.training, 9)} == {f"train {n}" for n in range(4)}
-        assert {c.prompt() for c in found.conversations(found.validation, 9)} == {f"validation {n}" for n in range(4)}
+        assert {c.prompt() for c in found.conversations(found.training)} == {f"train {n}" for n in range(4)}
+        assert {c.prompt() for c in found.conversations(found.validation)} == {f"validation {n}" for n in range(4)}
     assert said[0].endswith("/data: reading only its train split, not test.jsonl, validation.jsonl")
     assert said[1].endswith("/data: reading only its validation split, not test.jsonl, train.jsonl")
     assert len(said) == 4
@@ -380,7 +379,7 @@ def test_replies_that_are_cut_off_are_a_warning(chat: ChatTokenizer, tmp_path: P
 
 
 def questions(found: PreparedDataset, side: Any) -> list[str]:
-    return [c.prompt() for c in found.conversations(side, len(side))]
+    return [c.prompt() for c in found.conversations(side)]
 
 
 def test_a_share_or_a_number_is_held_out_whatever_the_order(chat: ChatTokenizer, tmp_path: Path) -> None:
@@ -436,7 +435,7 @@ def test_a_validation_file_and_what_leaks_into_training(chat: ChatTokenizer, tmp
     assert questions(found, found.validation) == ["q3", "q7", "new"]
     assert len(found.training) == 18
     assert rejected(found) == [("duplicate", 4), ("leak", 4), ("leak", 8)]
-    assert {c.file for c in found.conversations(found.validation, 9)} == {validation}
+    assert {c.file for c in found.conversations(found.validation)} == {validation}
 
 
 def test_a_leak_is_found_whatever_its_case_and_spacing(chat: ChatTokenizer, tmp_path: Path) -> None:
@@ -812,14 +811,13 @@ def test_settings_that_are_not_in_the_key_do_not_change_samples() -> None:
 # ---- What an evaluation asks of it
 
 
-def test_fields_and_questions_are_those_of_the_records(chat: ChatTokenizer, tmp_path: Path) -> None:
+def test_fields_are_those_of_the_records(chat: ChatTokenizer, tmp_path: Path) -> None:
     records = [pair(f"q{n}", f"a{n}", topic=n % 3) if n % 5 else pair(f"q{n}") for n in range(20)]
     system = [{"role": "system", "content": "be kind"}]
     first = write(tmp_path / "a.jsonl", records)
     second = write(tmp_path / "b.jsonl", [{"messages": system + talk("x", "y", "z", "w"), "topic": "m"}])
     found = build(chat, f"{first},{second}", validation_split=0.3)
     for side in (found.training, found.validation):
-        assert list(found.stream(side)) == found.conversations(side, 99)
         expected = []
         for record in side.records.tolist():
             file, _, line = found.location(record).rpartition(":")

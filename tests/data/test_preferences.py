@@ -465,9 +465,7 @@ def test_a_record_lies_on_one_side_of_the_split(path: Path, chat: ChatTokenizer)
     corpus = build(path, chat, records, validation_split=0.2)
     assert is_whole(corpus.training)
     assert is_whole(corpus.validation)
-    prompts = [
-        {c.prompt() for c in corpus.conversations(samples, 99)} for samples in (corpus.training, corpus.validation)
-    ]
+    prompts = [{c.prompt() for c in corpus.conversations(samples)} for samples in (corpus.training, corpus.validation)]
     assert not prompts[0] & prompts[1]
     assert len(corpus.training) + len(corpus.validation) == 2 * (30 * 3 + 30)
     assert (len(corpus.validation), len(prompts[1])) == (2 * 6 * 4, 6)

@@ -67,7 +67,7 @@ def test_a_prompt_its_reference_and_every_field_are_read_on_both_sides(
     assert len(corpus.training) > 2
     assert len(corpus.validation) > 2
     for samples in (corpus.training, corpus.validation):
-        for conversation in corpus.conversations(samples, len(samples)):
+        for conversation in corpus.conversations(samples):
             own = records[conversation.line - 1]
             *asked, answer = conversation.messages
             number = conversation.line - 1
@@ -85,7 +85,7 @@ def test_the_cache_holds_prompts_apart_from_turns(chat: ChatTokenizer, tmp_path:
     assert (first.from_cache, again.from_cache, turns.from_cache) == (False, True, False)
     assert again.directory == first.directory != turns.directory
     assert again.training.records.tolist() == first.training.records.tolist()
-    assert again.conversations(again.training, 3) == first.conversations(first.training, 3)
+    assert list(again.conversations(again.training)) == list(first.conversations(first.training))
 
 
 def test_earlier_answers_are_context(chat: ChatTokenizer, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_earlier_answers_are_context(chat: ChatTokenizer, tmp_path: Path) -> Non
     for answer in ([], [{"role": "assistant", "content": "2"}]):
         record = {"messages": [*turns, *answer], "solution": "2"}
         corpus = build(chat, tmp_path / "data.jsonl", questions(record))
-        (conversation,) = corpus.conversations(corpus.training, 1)
+        conversation = next(corpus.conversations(corpus.training))
         assert [message["content"] for message in conversation.messages][1:] == ["3", "Sure?", "2"]
         assert conversation.answer_at == 3
         sample = corpus.training[0]
