@@ -30,7 +30,7 @@ from nanoft.data.sources import read_raw
 from tiny_models import make_chat_model, train_run, write_records
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 8  # of processor time for a case
+SECONDS = 12  # of processor time for a case: 5 for rendering, and compiling a long template on a slow machine
 LONGEST = 2200  # characters of a refusal
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")

@@ -117,7 +117,7 @@ def make_views(tensors: Mapping[str, Tensor]) -> Callable[..., LoRALinear]:
 
 
 def _are_one(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.is_set_to(b)
+    return not hasattr(a, "full_tensor") and a.device == b.device and a.is_set_to(b)  # a shard is a copy
 
 
 @torch.no_grad()

@@ -649,10 +649,10 @@ def test_another_stop_token_is_not_answered_from_the_cache(tmp_path: Path) -> No
     file, model = write(tmp_path / "d.jsonl", [pair(f"q{n}") for n in range(9)]), tmp_path / "model"
     model.mkdir()
     save(model, Style(NEXT_ROLE, None, "<|endoftext|>", ""))
-    before = build(ChatTokenizer.from_directory(model), file)
-    stop = ChatTokenizer.from_directory(model).tokenizer.token_to_id("<s>")
+    before = build(ChatTokenizer(model), file)
+    stop = ChatTokenizer(model).tokenizer.token_to_id("<s>")
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop]}))
-    after = build(ChatTokenizer.from_directory(model), file)
+    after = build(ChatTokenizer(model), file)
     last = [sample.ids[sample.is_target][-1] for sample in (before.training[0], after.training[0])]
     assert last[0] != last[1] == stop
 

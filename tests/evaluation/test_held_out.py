@@ -75,7 +75,7 @@ def test_prompts_are_the_first_with_an_answer_to_learn(run: Path, tmp_path: Path
     held = {"data__validation_file": str(tmp_path / "held.jsonl"), "data__validation_split": 0.05}
     changes = {**held, "training__objective": "kto", "evaluation__prompts": 3}
     kto = train_run(tmp_path / "run", run.parent / "base", tmp_path / "data.jsonl", **changes)
-    config, chat = load_config(kto / "config.json"), ChatTokenizer.from_directory(run.parent / "base")
+    config, chat = load_config(kto / "config.json"), ChatTokenizer(run.parent / "base")
     found = read_held_out(config, choose_data(config, str(kto), None), str(kto), None, None, chat)
     assert [prompt.text for prompt in found.prompts] == ["Say 6", "Say 7", "Say 8"]
     assert json.loads((kto / "report.json").read_text())["tuned"]["prompts"] == 3

@@ -308,19 +308,27 @@ def test_split_over_two_ranks_it_learns_the_same_and_goes_on_with_one(bits: int,
     close(result(directory), result(alone), 1e-6)
 
 
-@pytest.mark.slow
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"training__method": "full", "training__learning_rate": 1e-4},
+    "full-bf16": {"training__method": "full", "training__learning_rate": 1e-4, "model__dtype": "bfloat16"},
+    "dora-bf16": {"lora__dora": True, "lora__rank": 5, "model__dtype": "bfloat16"},
+    "pissa-sgd": {
+        "lora__init": "pissa", "lora__alpha": 16.0, "training__optimizer": "sgd", "training__learning_rate": 0.5,
+    },
+    "packed": {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1},
+    "qpissa-dora": {
+        "quantization__bits": 4, "quantization__double": False, "lora__init": "pissa", "lora__dora": True,
+    },
+    "qlora-cached": {"quantization__bits": 4, "quantization__dequantize": "cached"},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"training__method": "full", "training__learning_rate": 1e-4},
-        {"training__method": "full", "training__learning_rate": 1e-4, "model__dtype": "bfloat16"},
-        {"lora__dora": True, "lora__rank": 5, "model__dtype": "bfloat16"},
-        {"lora__init": "pissa", "lora__alpha": 16.0, "training__optimizer": "sgd", "training__learning_rate": 0.5},
-        {"data__packing": True, "model__max_seq_length": 200, "training__micro_batch_size": 1},
-        {"quantization__bits": 4, "quantization__double": False, "lora__init": "pissa", "lora__dora": True},
-        {"quantization__bits": 4, "quantization__dequantize": "cached"},
+        pytest.param(changes, id=name, marks=[pytest.mark.slow] * (name != "qlora-cached"))
+        for name, changes in METHODS.items()
     ],
-    ids=["full", "full-bf16", "dora-bf16", "pissa-sgd", "packed", "qpissa-dora", "qlora-cached"],
 )
 def test_other_methods_split_over_three_ranks(changes: dict[str, Any], tmp_path: Path) -> None:
     """Of one process with six micro-batches of 2 rows; begun there, gone on with on three, ended on one again."""
