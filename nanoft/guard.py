@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 
 from nanoft import TrainingFailed
 from nanoft.batches import Window
@@ -145,13 +146,15 @@ def diagnose(model: nn.Module, *inputs: Any) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not _is_finite(tensor):
             return f"the weight {name} contains numbers that are not finite"
-    names, found = {module: name or "model" for name, module in model.named_modules()}, list[str]()
+    found: list[str] = []
 
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        if module in names and _is_finite(inputs) and not _is_finite(output):
-            found.append(names[module])
+    def hook(name: str, _module: nn.Module, inputs: Any, output: Any) -> None:
+        if _is_finite(inputs) and not _is_finite(output):
+            found.append(name)
 
-    with register_module_forward_hook(hook):
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(hook, name or "model")))
         model(*inputs)
     where = "weights and activations are finite, so the fault is in the loss or in backward"
     return f"the first output that is not finite is that of {found[0]}" if found else where
