@@ -71,6 +71,11 @@ class Arguments(argparse.ArgumentParser):
         cores.prepare()
 
 
+def renamed(old: str, new: str) -> NoReturn:
+    print(f"error: python -m {old} was renamed: use python -m nanoft {new}", file=sys.stderr)
+    sys.exit(2)
+
+
 def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     """Give a command's `main` its exit codes: 2 and 3 with one line on stderr, 130 for Ctrl-C, never a traceback."""
 
