@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nanoft import kernels
 from nanoft.batches import Window
-from nanoft.config import GuardConfig
+from nanoft.config import GuardConfig, LoRAConfig
 from nanoft.guard import (
     MIN_HISTORY,
     GradientOverflow,
@@ -27,6 +28,9 @@ from nanoft.guard import (
     diagnose,
     robust_score,
 )
+from nanoft.lora import inject_lora
+from nanoft.model import Decoder
+from nanoft.models.families import decoder_config
 
 NAN, INFINITE = math.nan, math.inf
 
@@ -199,6 +203,21 @@ def test_the_first_bad_output_is_named() -> None:
     assert "that of ratio" in diagnose(model, torch.zeros(3))
     assert "backward" in diagnose(model, torch.ones(3))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_first_bad_output_is_named_inside_a_block(fast: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2}
+    model = Decoder(decoder_config({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2} | sizes))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    inject_lora(model, LoRAConfig(rank=2, alpha=4.0), seed=0)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.lora_B.fill_(3e38)  # finite, unlike its products
+    if fast:
+        assert kernels.apply(model) == ""
+    assert "that of model.layers.1.mlp.down_proj" in diagnose(model, torch.arange(6)[None])
 
 
 def test_a_bad_weight_is_named() -> None:

@@ -49,7 +49,12 @@ from nanoft.perplexity import evaluating, safe_exp
 from nanoft.runtime import distributed
 
 # Losses and the names of exp(loss), in the order of the report.
-PERPLEXITIES = {f"{part}loss": f"{part}perplexity" for part in ("", "prompt_", "overall_", "general_")}
+PERPLEXITIES = {
+    "loss": "perplexity",
+    "prompt_loss": "prompt_perplexity",
+    "overall_loss": "overall_perplexity",
+    "general_loss": "general_perplexity",
+}
 Judge = Callable[[Sequence[Prompt], Sequence[str]], list[dict[str, float]]]  # the rewards of answers, by name
 
 

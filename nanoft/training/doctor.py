@@ -133,7 +133,8 @@ def attention(device: torch.device) -> Iterator[Check]:
     dtype = choose_dtype("auto", device)
     q, k, v = torch.randn(3, 1, 4, 128, 64, device=device, dtype=dtype).unbind()
     future = torch.ones(128, 128, dtype=torch.bool, device=device).triu(1)
-    expected, works = (q.float() @ k.float().mT / 8).masked_fill(future, -torch.inf).softmax(-1) @ v.float(), []
+    scores = (q.float() @ k.float().mT / 8).masked_fill(future, -torch.inf)
+    expected, works = scores.softmax(-1) @ v.float(), []
     kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
     for kernel in kernels:
         with contextlib.suppress(RuntimeError), sdpa_kernel(kernel):
