@@ -165,10 +165,8 @@ def estimate_memory(
     chosen = r.chosen + r.experts * padding if r else 0.0  # rows of experts for each token
     widths = mlp_widths(decoder, chosen)
     blocks = [kept_by_block(own, counts, config, e, i, widths[i][1]) * tokens for i, own in enumerate(decoder.by_layer)]
-    if device_type == "cuda" and dtype != torch.bfloat16 and decoder.attention_cap is None and not decoder.sinks:
-        for i, own in enumerate(decoder.by_layer):  # a copy of keys and values for each head (`shares_keys`)
-            unshared = decoder.mixer(i) == "attention" and (decoder.windows[i] or length) >= length
-            blocks[i] += 2 * (own.num_heads - own.num_kv_heads) * own.head_dim * e * tokens * unshared
+    if device_type == "cuda" and dtype != torch.bfloat16:
+        blocks = [kept + copied_keys(decoder, i, length) * e * tokens for i, kept in enumerate(blocks)]
     waiting = {"input": tokens * decoder.hidden_size * e, "offloaded": 0.0}
     (wide, narrow), kernels = (TRANSIENT_CPU[e], KERNELS_CPU[e]) if cpu else (TRANSIENT, KERNELS)
     # half of the kernels are built for each shape of a matrix, and for how many tokens an expert has
@@ -246,6 +244,12 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, laye
     if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
         kept += outputs + inner + c.hidden_size
     return float(kept * e)
+
+
+def copied_keys(c: DecoderConfig, layer: int, length: int) -> int:
+    """Numbers per token of the keys and values copied for each head, where PyTorch's kernel cannot share them."""
+    own, in_chunks = c.by_layer[layer], c.attention_cap is not None or c.sinks or (c.windows[layer] or length) < length
+    return 0 if in_chunks or c.mixer(layer) != "attention" else 2 * (own.num_heads - own.num_kv_heads) * own.head_dim
 
 
 def kept_by_mixer(c: DecoderConfig, mixer: str, full: bool) -> tuple[int, int, int]:
