@@ -65,6 +65,8 @@ class Documents:
 class SequenceContext(Recurrence):
     """What the layers of one forward pass share: the rotation of each position, and which positions it sees."""
 
+    recomputing = False  # whether a block is called in backward (recompute.py), once more, for its gradients alone
+
     def __init__(self, rotations: Sequence[Rotation], documents: Documents | None = None):
         """`rotations`: one for each rope of the model; without documents, each sequence is one document."""
         self.rotations, self.documents = rotations, documents

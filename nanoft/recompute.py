@@ -38,6 +38,7 @@ def run_block(block: Any, x: Tensor, context: Any, target_positions: Tensor | No
 
     def forward(x: Tensor, *taken: Tensor) -> tuple[Tensor, ...]:  # gradients flow through arguments and results alone
         context.tensors.update(zip(block.takes, taken, strict=True))
+        context.recomputing = torch.is_grad_enabled()  # the first time, nothing is kept for backward
         return repeatable(x, context, target_positions), *(context.tensors[name] for name in block.gives)
 
     waiting = save_on_cpu(pin_memory=x.is_cuda) if policy == "offloaded" else contextlib.nullcontext()

@@ -144,6 +144,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor | Non
         return _Chunked.apply(q, k, v, sinks, scores)
     if q.shape[2] > k.shape[2] and not shares_keys(q):  # with shared keys, PyTorch would keep all weights
         k, v = (part.repeat_interleave(q.shape[2] // part.shape[2], dim=2) for part in (k, v))
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # with AMX
+        return _Transposed.apply(q, k, v, scores.scale)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, heads, q, d)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=True)
     return y.transpose(1, 2)
@@ -187,86 +189,141 @@ class _Chunked(torch.autograd.Function):
 
     With a cap P = softmax(C), C = cap tanh(S / cap), and dS = dC (1 - (C / cap)^2). With sinks the rows of P do not add
     up to 1, and the rest p times -(sum_k P dP) is their gradient.
-    The h / g query heads that share a key head are stacked into one matrix.
+    The n = h / g query heads that share a key head are stacked into one matrix.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> Tensor:
         ctx.save_for_backward(q, k, v, sinks)
         ctx.scores = scores
-        keys, values = (_grouped(t, len(t) * t.shape[2]) for t in (k, v))  # (b g, k, d)
-        y = torch.empty_like(q)
-        for here, seen in _chunks(q.shape[1], scores.window):
-            p, _ = _weights(q[:, here], keys[:, seen], here.start - seen.start, scores, sinks)
-            y[:, here] = _ungrouped(p @ values[:, seen], y[:, here])
+        like, (q, k, v) = q, _stacked(q, k, v)
+        y, repeats = torch.empty_like(q), q.shape[1] // k.shape[1]
+        for rows, seen in _chunks(k.shape[1], repeats, scores.window):
+            p, _ = _weights(q[:, rows], k[:, seen], repeats, scores, sinks)
+            y[:, rows] = p @ v[:, seen]
             del p  # before the next chunk's
+        return _unstacked(y, like)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        *given, sinks = ctx.saved_tensors
+        q, k, v, dy = _stacked(*given, grad_outputs[0])
+        repeats, dq, scale = q.shape[1] // k.shape[1], torch.empty_like(q), ctx.scores.scale
+        wide = torch.promote_types(k.dtype, torch.float32)  # of the sums over chunks
+        dk, dv = (torch.zeros_like(k, dtype=wide) for _ in range(2))
+        d_sinks = torch.zeros_like(sinks, dtype=wide) if ctx.needs_input_grad[3] else None
+        for rows, seen in _chunks(k.shape[1], repeats, ctx.scores.window):
+            p, slope = _weights(q[:, rows], k[:, seen], repeats, ctx.scores, sinks)
+            dv[:, seen] += p.transpose(1, 2) @ dy[:, rows]
+            dp = dy[:, rows] @ v[:, seen].transpose(1, 2)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # (b g, q n, k)
+            if d_sinks is not None:
+                rest = (p.sum(-1, dtype=wide) - 1) * (p * dp).sum(-1, dtype=wide)  # (b g, q n)
+                d_sinks += rest.view(-1, len(sinks) // repeats, rest.shape[1] // repeats, repeats).sum((0, 2)).flatten()
+            ds = ds if slope is None else ds * slope
+            del p, dp, slope  # memory is at its peak here
+            dk[:, seen] += ds.transpose(1, 2) @ q[:, rows]
+            dq[:, rows] = ds @ k[:, seen]
+            del ds  # before the next chunk's p
+        gradients = zip((dq.mul_(scale), dk.mul_(scale), dv), given, strict=True)
+        d_sinks = None if d_sinks is None else d_sinks.to(sinks.dtype)
+        return *(_unstacked(d, like) for d, like in gradients), d_sinks, None
+
+
+class _Transposed(torch.autograd.Function):
+    """Causal attention in bfloat16 on a CPU with matrix units (AMX): forward is PyTorch's kernel, and backward the same
+    algorithm as its own (Dao et al. 2022, algorithm 4), in those products that such units compute fastest:
+
+        P^T = exp(scale k q^T - lse),  dS^T = P^T (v dy^T - D),  where D = sum(y dy) for each query
+        dv = P^T dy,  dk = scale dS^T q,  dq = scale dS k
+
+    The products subtract lse and D: q and dy have two more columns, -lse and -D in two parts of 8 bits, k and v ones.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        repeats = q.shape[2] // k.shape[2]  # in PyTorch 2.8, this kernel cannot share keys itself
+        heads = (part.transpose(1, 2) for part in (q, *(part.repeat_interleave(repeats, dim=2) for part in (k, v))))
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(*heads, 0.0, True, scale=scale)
+        ctx.scale, y = scale, y.transpose(1, 2)
+        ctx.save_for_backward(q, k, v, y, lse.transpose(1, 2))  # lse: (b, q, h)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks = ctx.saved_tensors
-        keys, values = (_grouped(t, len(t) * t.shape[2]) for t in (k, v))
-        dq, scale = torch.empty_like(q), ctx.scores.scale
-        wide = torch.promote_types(k.dtype, torch.float32)  # of the sums over chunks
-        dk, dv = (torch.zeros(keys.shape, dtype=wide, device=q.device) for _ in range(2))
-        d_sinks = torch.zeros_like(sinks, dtype=wide) if ctx.needs_input_grad[3] else None
-        for here, seen in _chunks(q.shape[1], ctx.scores.window):
-            p, slope = _weights(q[:, here], keys[:, seen], here.start - seen.start, ctx.scores, sinks)
-            dy = _grouped(grad_outputs[0][:, here], keys.shape[0])
-            dv[:, seen] += p.transpose(1, 2) @ dy
-            dp = dy @ values[:, seen].transpose(1, 2)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # (b g, h/g q, k)
-            if d_sinks is not None:
-                rest = (p.sum(-1, dtype=wide) - 1) * (p * dp).sum(-1, dtype=wide)  # (b g, h/g q)
-                d_sinks += rest.view(len(q), len(sinks), -1).sum((0, 2))
-            ds = ds if slope is None else ds * slope
-            del p, dp, slope  # memory is at its peak here
-            dk[:, seen] += ds.transpose(1, 2) @ _grouped(q[:, here], keys.shape[0])
-            dq[:, here] = _ungrouped(ds @ keys[:, seen], dq[:, here])
-            del ds  # before the next chunk's p
-        unheaded = [t.to(k.dtype).unflatten(0, (len(k), -1)).transpose(1, 2) for t in (dk.mul_(scale), dv)]
-        return dq.mul_(scale), *unheaded, None if d_sinks is None else d_sinks.to(sinks.dtype), None
+        *given, y, lse = ctx.saved_tensors
+        (q, k, v), dy, d = given, grad_outputs[0], y.shape[-1]
+        widened = _widened(q * ctx.scale, -lse), _widened(dy, -(y * dy).sum(-1, dtype=lse.dtype))
+        k, v = (torch.cat((part, part.new_ones(*part.shape[:3], 2)), -1) for part in (k, v))
+        q, k, v, dy = _stacked(widened[0], k, v, widened[1])  # (b g, q n or k, d + 2)
+        repeats, dq = q.shape[1] // k.shape[1], torch.empty_like(q[..., :d])
+        dk, dv = (torch.zeros_like(k[..., :d], dtype=lse.dtype) for _ in range(2))  # sums over chunks
+        for rows, seen in _chunks(k.shape[1], repeats):
+            s, length = k[:, seen] @ q[:, rows].transpose(1, 2), (rows.stop - rows.start) // repeats  # (b g, k, q n)
+            s[:, -length:] += s.new_full((length, length), -torch.inf).tril(-1).repeat_interleave(repeats, 1)
+            p = s.exp_()
+            dv[:, seen] += p @ dy[:, rows, :d]
+            ds = (v[:, seen] @ dy[:, rows].transpose(1, 2)).mul_(p)
+            del s, p
+            dk[:, seen] += ds @ q[:, rows, :d]
+            dq[:, rows] = ds.transpose(1, 2) @ k[:, seen, :d]
+            del ds
+        return *(_unstacked(part, like) for part, like in zip((dq.mul_(ctx.scale), dk, dv), given, strict=True)), None
 
 
-def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """(queries, keys that any of them attends to), the last chunk first: the others fit into the memory it frees."""
+def _chunks(length: int, repeats: int, window: int | None = None) -> Iterator[tuple[slice, slice]]:
+    """(rows of stacked queries, keys that any of them attends to).
+
+    The last chunk comes first: the others fit into the memory it frees.
+    """
     for start in reversed(range(0, length, CHUNK)):
         first = 0 if window is None else max(0, start - window + 1)
         end = min(start + CHUNK, length)
-        yield slice(start, end), slice(first, end)
+        yield slice(repeats * start, repeats * end), slice(first, end)
 
 
-def _weights(
-    q: Tensor, keys: Tensor, offset: int, scores: Scores, sinks: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """P of a chunk, (b g, h/g q, k), whose first query has the position of key `offset`; with a cap also dC/dS."""
-    length, repeats = q.shape[1], q.shape[0] * q.shape[2] // keys.shape[0]
-    unseen = torch.full((length, keys.shape[1]), -torch.inf, dtype=q.dtype, device=q.device)
-    hidden = unseen.triu(offset + 1)  # -inf for keys after the query, 0 for the others
-    if scores.window is not None:
-        hidden = hidden + unseen.tril(offset - scores.window)
-    queries, hidden = _grouped(q, len(keys)), hidden.repeat(repeats, 1)[None]
+def _weights(q: Tensor, k: Tensor, repeats: int, scores: Scores, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """P of a chunk, (b g, q n, k), whose last query has the position of the last key; with a cap also dC/dS."""
     if scores.cap is None:
-        s, slope = torch.baddbmm(hidden, queries, keys.transpose(1, 2), alpha=scores.scale), None
+        s, slope = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scores.scale), None
     else:
-        capped = torch.tanh(queries @ keys.transpose(1, 2) * (scores.scale / scores.cap))
-        s, slope = torch.add(hidden, capped, alpha=scores.cap), 1 - capped.square()
+        capped = torch.tanh(q @ k.transpose(1, 2) * (scores.scale / scores.cap))
+        s, slope = scores.cap * capped, 1 - capped.square()
+    _hide_later(s, repeats, scores.window)
     if sinks is None:
         return s.softmax(-1), slope
-    own = sinks.to(s.dtype).repeat_interleave(length).view(-1, s.shape[1], 1).repeat(len(q), 1, 1)
-    return torch.cat((s, own), dim=-1).softmax(-1)[..., :-1], slope
+    own = sinks.to(s.dtype).view(-1, 1, repeats).repeat(len(q) * repeats // len(sinks), q.shape[1] // repeats, 1)
+    return torch.cat((s, own.view(*s.shape[:2], 1)), dim=-1).softmax(-1)[..., :-1], slope
 
 
-def _grouped(x: Tensor, groups: int) -> Tensor:
-    """(b, q, h, d) -> (b g, h/g q, d): the heads of a key head stacked."""
-    return x.transpose(1, 2).reshape(groups, -1, x.shape[-1])
+def _hide_later(s: Tensor, repeats: int, window: int | None = None) -> None:
+    """Make the scores of a chunk, (b g, q n, k), -inf for keys after the query or before its window."""
+    length, keys = s.shape[1] // repeats, s.shape[2]
+    unseen = torch.full((length, length), -torch.inf, dtype=s.dtype, device=s.device)
+    s[..., -length:] += unseen.triu(1).repeat_interleave(repeats, 0)
+    if window is not None:  # the first query is at key `keys - length`
+        s[..., :length] += unseen.tril(keys - length - window).repeat_interleave(repeats, 0)
 
 
-def _ungrouped(stacked: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_grouped`, to the shape of `like`, (b, q, h, d)."""
+def _widened(x: Tensor, column: Tensor) -> Tensor:
+    """x, (b, q, h, d), and two columns whose sum is `column`, (b, q, h), which has more bits."""
+    high = column.to(x.dtype)
+    return torch.cat((x, torch.stack((high, (column - high).to(x.dtype)), -1)), -1)
+
+
+def _stacked(q: Tensor, k: Tensor, *others: Tensor) -> list[Tensor]:
+    """Each (b, q, h, d) -> (b g, q n, d), with the n = h / g heads that share one of k's next to each other."""
+    groups = k.shape[2]
+    return [x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1) for x in (q, k, *others)]
+
+
+def _unstacked(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_stacked`, with the shape and dtype of `like`, (b, q, h, d)."""
     batch, length, heads, size = like.shape
-    return stacked.view(batch, heads, length, size).transpose(1, 2)
+    groups = len(x) // batch
+    return x.to(like.dtype).view(batch, groups, length, heads // groups, size).transpose(1, 2).reshape(like.shape)
 
 
 class _Rotation(torch.autograd.Function):

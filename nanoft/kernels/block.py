@@ -23,9 +23,9 @@ from nanoft.blocks.per_layer import finish
 from nanoft.blocks.short_conv import ShortConv
 from nanoft.kernels import fused
 from nanoft.kernels.attention import FastContext
-from nanoft.lora import VARIANTS, LoRALinear
+from nanoft.lora import VARIANTS, LoRALinear, weight_of
 from nanoft.model import MLP, Block, SelfAttention, identity, select
-from nanoft.nf4 import Frozen, PackedLinear, matmul_backward
+from nanoft.nf4 import Frozen, PackedLinear
 
 LINEARS = {nn.Linear, PackedLinear}
 OUTPUTS: dict[type[nn.Module], str] = {SelfAttention: "o_proj", GatedDeltaNet: "out_proj", ShortConv: "out_proj"}
@@ -55,7 +55,8 @@ class FastBlock(Block):
         x = x if self.parallel else y
         if not supports_mlp(self):
             return finish(self, self.add(y, self.norm(3)(self.mlp(self.norm(2)(x)))), context, target_positions)
-        y = self.add(y, self.norm(3)(grouped_mlp(self.mlp, *fused.normed(self.norm(2), x))))
+        is_used = not context.recomputing or self.norm(3) is not identity or bool(self.per_layer)
+        y = self.add(y, self.norm(3)(grouped_mlp(self.mlp, *fused.normed(self.norm(2), x), is_used=is_used)))
         return finish(self, y, context, target_positions)
 
 
@@ -89,13 +90,15 @@ def _attend(attn: SelfAttention, projected: list[Tensor], context: SequenceConte
     return (y, projected[0]) if attn.gated else (y,)
 
 
-def grouped_mlp(mlp: Any, prepare: Prepare, *inputs: Tensor) -> Tensor:
-    """mlp(prepare(*inputs)); of what it computes, the projections alone are kept."""
+def grouped_mlp(mlp: Any, prepare: Prepare, *inputs: Tensor, is_used: bool = True) -> Tensor:
+    """mlp(prepare(*inputs)); of what it computes, the projections alone are kept. Without use the output may be 0."""
     projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], prepare, *inputs)
-    return grouped_linear((mlp.down_proj,), fused.activation(mlp, inputs[0]), *projected)[0]
+    return grouped_linear((mlp.down_proj,), fused.activation(mlp, inputs[0]), *projected, is_used=is_used)[0]
 
 
-def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor) -> list[Tensor]:
+def grouped_linear(
+    linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *inputs: Tensor, is_used: bool = True
+) -> list[Tensor]:
     """Each linear's output for the same x = prepare(*inputs), like `[linear(x) for linear in linears]`.
 
     It falls back to exactly that without adapters, if W itself is trained, under autocast, and in torch.compile, which
@@ -104,6 +107,7 @@ def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *in
     Args:
         linears: all, some or none with an adapter.
         prepare: recomputed in backward. Whatever gets a gradient in it must be among `inputs`.
+        is_used: False: only the gradients matter, as of the end of a block that is recomputed; outputs may be 0.
     """
     adapters = [linear for linear in linears if isinstance(linear, LoRALinear)]
     bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
@@ -120,7 +124,9 @@ def grouped_linear(linears: Sequence[Frozen | LoRALinear], prepare: Prepare, *in
         else:
             scalings.append(0.0)
             factors += empty(0, linear.in_features), empty(linear.out_features, 0)
-    group = _Group(prepare, len(inputs), bases, scalings, adapters[0].dropout if adapters[0].training else 0.0)
+    is_used = is_used or any(adapter.lora_magnitude_vector is not None for adapter in adapters)
+    dropout = adapters[0].dropout if adapters[0].training else 0.0
+    group = _Group(prepare, len(inputs), bases, scalings, dropout, is_used)
     outputs = zip(linears, _GroupedLinear.apply(group, *inputs, *factors), strict=True)
     return [linear.apply_magnitude_and_bias(y) if isinstance(linear, LoRALinear) else y for linear, y in outputs]
 
@@ -133,6 +139,7 @@ class _Group(NamedTuple):
     bases: list[Frozen]
     scalings: list[float]
     dropout: float
+    is_used: bool  # whether anything reads the outputs
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -155,8 +162,10 @@ class _GroupedLinear(torch.autograd.Function):
         outputs = []
         u_of_each = u.split([len(a_i) for a_i in a], dim=1)
         for base, scaling, u_i, b_i in zip(group.bases, group.scalings, u_of_each, b, strict=True):
-            y = base(flat)  # (n, out)
-            y.addmm_(u_i, b_i.to(y.dtype).T, alpha=scaling)
+            if group.is_used:
+                y = base(flat).addmm_(u_i, b_i.to(x.dtype).T, alpha=scaling)  # (n, out)
+            else:
+                y = x.new_zeros(()).expand(len(flat), base.out_features)
             outputs.append(y.unflatten(0, x.shape[:-1]))
         ctx.group = group
         ctx.save_for_backward(u, mask, *tensors)
@@ -184,7 +193,7 @@ class _GroupedLinear(torch.autograd.Function):
         if rest.requires_grad:
             dx = _masked(du @ torch.cat(a).to(du.dtype), mask)
             for base, g_i in zip(group.bases, g, strict=True):
-                dx += matmul_backward(base, g_i)
+                dx.addmm_(g_i, weight_of(base).to(dx.dtype))
             later.append(dx.view(shape))
             del dx  # the rest of backward frees it
             rest.backward()  # on to the inputs

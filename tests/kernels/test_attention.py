@@ -46,6 +46,22 @@ def test_output_and_gradients_are_those_of_the_plain_formula(
         assert torch.allclose(own, other, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_products_of_transposed_scores_give_the_gradients_of_the_plain_formula(
+    chunk: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "CHUNK", chunk)
+    parts = tensors((2, 11), torch.float64, heads, groups=1 if heads == 1 else 2)
+    expected = plainly(*parts, torch.ones(11, 11, dtype=torch.bool).tril()[None, None])
+    y = attention._Transposed.apply(*parts, 8**-0.5)
+    assert torch.allclose(y, expected, atol=1e-12)
+    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, parts, towards)
+    for own, other in zip(torch.autograd.grad(y, parts, towards), wanted, strict=True):
+        assert torch.allclose(own, other, atol=1e-12)
+
+
 @pytest.mark.parametrize("has_amx", [False, True])
 def test_in_bfloat16_on_a_cpu_results_stay_within_two_roundings_of_float64(
     has_amx: bool, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,36 @@ def test_a_group_with_a_trained_base_or_without_adapters_is_its_linears() -> Non
     plain = [nn.Linear(8, 3).double(), nn.Linear(8, 2).double()]
     for found, linear in zip(grouped_linear(plain, prepare, *inputs), plain, strict=True):
         assert torch.equal(found, linear(prepare(*inputs)))
+
+
+@pytest.mark.parametrize(("norms", "dora", "again"), [("input", False, 0), ("both", False, 1), ("input", True, 1)])
+def test_a_recomputed_block_computes_its_last_product_only_if_a_gradient_needs_it(
+    norms: str, dora: bool, again: int
+) -> None:
+    """That of a norm of it, or of DoRA's magnitude, does; the gradients are those of a block that keeps everything."""
+    config = decoder_config(
+        {"architectures": ["LlamaForCausalLM"], "vocab_size": 9, "hidden_size": 8, "intermediate_size": 16}
+        | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    )
+    torch.manual_seed(0)
+    model = Decoder(replace(config, norms=norms))
+    inject_lora(model, LoRAConfig(rank=2, alpha=8.0, dora=dora), seed=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        nn.init.uniform_(p, 0.5, 1)
+    assert kernels.apply(model) == ""
+    products: list[int] = []
+    base: Any = model.get_submodule("model.layers.0.mlp.down_proj.base")
+    base.register_forward_hook(lambda *_: products.append(1))
+    found = {}
+    for policy in ("all", "input"):
+        model.activation_policy = [policy, "all"]  # type: ignore[list-item]
+        products.clear()
+        model(torch.tensor([[1, 2, 3, 4]])).square().sum().backward()
+        found[policy] = [p.grad for p in trained]
+        model.zero_grad()
+        assert len(products) == (1 if policy == "all" else 1 + again)
+    assert all(torch.equal(*pair) for pair in zip(*found.values(), strict=True))
 
 
 @pytest.mark.parametrize("dora", [False, True])
