@@ -20,6 +20,7 @@ from nanoft.attention import Documents
 from nanoft.blocks import per_layer
 from nanoft.blocks.deltanet import DeltaNetSizes
 from nanoft.blocks.moe import Experts
+from nanoft.blocks.norms import RMSNorm
 from nanoft.config import LoRAConfig
 from nanoft.kernels import attention, experts, fused
 from nanoft.kernels.attention import FastContext
@@ -69,6 +70,9 @@ def _install(model: Decoder) -> None:
         if supports(block):
             block.__class__ = FastBlock
         experts.install(block)
+    for module in model.modules():
+        if type(module) is RMSNorm:
+            module.__class__ = fused.FastRMSNorm
     model.context_class = FastContext
 
 

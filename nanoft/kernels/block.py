@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from nanoft.attention import SequenceContext
 from nanoft.blocks.deltanet import GatedDeltaNet
-from nanoft.blocks.norms import NORM_KINDS, RMSNorm
 from nanoft.blocks.per_layer import finish
 from nanoft.blocks.short_conv import ShortConv
 from nanoft.kernels import fused
@@ -67,7 +66,10 @@ def supports(block: nn.Module) -> bool:
 
 def supports_mixer(block: Block) -> bool:
     """Recomputing its gate, a GatedDeltaNet's norm is no input: its weight can be trained only as another type."""
-    known = type(block.mixer) in OUTPUTS and type(getattr(block.mixer, "norm", None)) in (RMSNorm, type(None))
+    known = type(block.mixer) in OUTPUTS and type(getattr(block.mixer, "norm", None)) in (
+        *fused.KNOWN_NORMS,
+        type(None),
+    )
     return known and is_known(block.norm(0), block.mixer)
 
 
@@ -79,7 +81,7 @@ def is_known(norm: Any, half: nn.Module) -> bool:
     """Whether norm and linears are of exactly the known types: a subclass may compute something else."""
     linears = [module for name, module in half.named_children() if "_proj" in name]
     adapted = [linear.base if type(linear) in VARIANTS.values() else linear for linear in linears]
-    return (type(norm) in NORM_KINDS.values() or norm is identity) and {type(linear) for linear in adapted} <= LINEARS
+    return (type(norm) in fused.KNOWN_NORMS or norm is identity) and {type(linear) for linear in adapted} <= LINEARS
 
 
 def _attend(attn: SelfAttention, projected: list[Tensor], context: SequenceContext) -> tuple[Tensor, ...]:

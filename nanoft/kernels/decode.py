@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from nanoft.attention import AttentionLayer, CacheContext, Rotation
 from nanoft.blocks.deltanet import GatedDeltaNet
 from nanoft.blocks.moe import Experts, MLPAndExperts
-from nanoft.blocks.norms import NORM_KINDS
+from nanoft.blocks.norms import NORM_KINDS, RMSNorm
 from nanoft.blocks.short_conv import ShortConv
 from nanoft.kernels.block import LINEARS, FastBlock
 from nanoft.kernels.experts import FastExperts, FastMLP
+from nanoft.kernels.fused import FastRMSNorm
 from nanoft.lora import VARIANTS, LoRALinear, linears_of, weight_of
 from nanoft.model import MLP, Block, Decoder, SelfAttention
 from nanoft.nf4 import PackedLinear
@@ -75,7 +76,7 @@ def twin(module: Any, build: Build | None) -> Function:
     """
     if isinstance(module, FastBlock):
         return _twin_class(Block)(module, build)
-    kind: Any = {FastMLP: MLP, FastExperts: Experts}.get(type(module), type(module))
+    kind: Any = {FastMLP: MLP, FastExperts: Experts, FastRMSNorm: RMSNorm}.get(type(module), type(module))
     if kind is nn.ModuleList:
         return [twin(child, build) for child in module]  # type: ignore[return-value]
     if kind in (SelfAttention, GatedDeltaNet, ShortConv, MLP, Experts, MLPAndExperts):

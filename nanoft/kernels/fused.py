@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from nanoft import nf4
 from nanoft.attention import Rotation
-from nanoft.blocks.norms import RMSNorm
+from nanoft.blocks.norms import NORM_KINDS, RMSNorm
 from nanoft.model import ACTIVATIONS, MLP, SelfAttention, identity
 
 Heads = tuple[Tensor, Tensor, Tensor]  # queries, keys and values
@@ -51,12 +51,28 @@ def normed(norm: Any, x: Tensor) -> tuple[Any, ...]:
     """norm(x) as a function, and its inputs that get a gradient."""
     if norm is identity:
         return norm, x
-    if type(norm) is RMSNorm and not norm.weight.requires_grad and not torch.compiler.is_compiling():
+    if is_frozen_rms(norm) and not torch.compiler.is_compiling():
         if kernels(x):
             return partial(kernels(x).rms_norm, eps=norm.eps, offset=norm.offset), x, norm.weight
         if x.device.type == "cpu":
             return partial(_FrozenRMSNorm.apply, norm.eps, norm.offset), x, norm.weight
     return (norm.formula, x, *norm.parameters())
+
+
+def is_frozen_rms(norm: Any) -> bool:
+    return type(norm) in (RMSNorm, FastRMSNorm) and not norm.weight.requires_grad
+
+
+class FastRMSNorm(RMSNorm):
+    """With a frozen weight, it keeps only its input for backward, and the size of each position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        function, *inputs = normed(self, x)
+        result: Tensor = function(*inputs)
+        return result
+
+
+KNOWN_NORMS = {*NORM_KINDS.values(), FastRMSNorm}
 
 
 class _FrozenRMSNorm(torch.autograd.Function):
@@ -97,7 +113,7 @@ def activation(mlp: MLP, x: Tensor) -> Any:
 
 def heads(attn: SelfAttention, projected: list[Tensor], rotation: Rotation | None) -> Heads | None:
     """`SelfAttention.heads` with a kernel for norm and rotation; None without such norms or rotation, or with gates."""
-    norms = [norm for norm in (attn.q_norm, attn.k_norm) if type(norm) is RMSNorm and not norm.weight.requires_grad]
+    norms = [norm for norm in (attn.q_norm, attn.k_norm) if is_frozen_rms(norm)]
     special = attn.over_width or attn.gated or attn.v_norm is not identity
     if rotation is None or len(norms) < 2 or special or not kernels(projected[0]):
         return None

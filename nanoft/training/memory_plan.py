@@ -229,7 +229,7 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, laye
     both = bool(r and r.beside_mlp)  # an MLP beside experts: its input, too, and two norms before (of x) and two after
     inner += 2 * c.intermediate_size * both
     kept = (1 if c.parallel else 2) * c.hidden_size + mixed + inner + counts.ranks + c.hidden_size * both
-    normed += c.hidden_size * (sum(map(bool, after)) + (4 if full or e < 4 else 2) * both)
+    normed += c.hidden_size * (sum(map(bool, after)) + (4 if full else 2) * both)
     if full:  # normed inputs, silu(gate) and the product, too
         kept += 2 * c.hidden_size + inner
         normed += c.hidden_size * sum(map(bool, before))
@@ -237,10 +237,10 @@ def kept_by_block(c: DecoderConfig, counts: Counts, config: Config, e: int, laye
     kept -= 0 if own else k  # keys and values of another block, but for the rotation
     normed += (k * c.v_norm if own else -k * bool(c.qk_norm)) + (c.hidden_size + p) * bool(p)
     kept += (c.hidden_size + 4 * p) * bool(p)  # gate, gelu(gate), the token's own, their product, one more residual
-    kept += normed * (8 if full else 4) // e  # in float32: x, and x / rms(x) for the gradient of the norm's weight
+    kept += normed * (8 // e if full else 1)  # x; in float32, with x / rms(x), for the gradient of the norm's weight
     if r and r.layers[layer]:  # rows of experts, their outputs, the normed input, what the router says
         routed = 8 if config.training.balance_loss else 4  # bytes for each expert; the loss keeps its slope
-        kept += (rows + r.chosen + 4 / e) * c.hidden_size + (routed * r.experts + 32 * r.chosen) / e
+        kept += (rows + r.chosen + (4 / e if both else 1)) * c.hidden_size + (routed * r.experts + 32 * r.chosen) / e
     if config.lora.dora and config.training.method == "lora":  # each output, for the gradient of its magnitude
         kept += outputs + inner + c.hidden_size
     return float(kept * e)
