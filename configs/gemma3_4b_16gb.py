@@ -1,7 +1,7 @@
 """A GPU with 16 GB: Gemma 3 4B (instruction-tuned, text only) with QLoRA, 4096 tokens.
 
-For whoever has longer texts; the terms of the model must be accepted on the Hub. Planned, not measured: 13.8 GB, 5.2 GB
-with checkpointing=full, 18.6 GFLOP per token. Change first: `data.train_file`.
+For whoever has longer texts; the terms of the model must be accepted on the Hub. Planned, not measured: 13.7 GB, 5.1 GB
+with checkpointing=full, 17.4 GFLOP per token. Change first: `data.train_file`.
 """
 
 from nanoft.config import load_file

@@ -1,7 +1,7 @@
 """A GPU with 24 GB (RTX 3090, 4090, A10, L4): Qwen2.5-7B-Instruct with QLoRA, 4096 tokens.
 
 For whoever has one good consumer card. Planned, not measured: 20.8 GB with as few blocks recomputed as needed,
-11.1 GB with checkpointing=full, 38.2 GFLOP per token. Change first: `data.train_file`; `data.packing=true` or
+11.0 GB with checkpointing=full, 37.7 GFLOP per token. Change first: `data.train_file`; `data.packing=true` or
 `model.max_seq_length=2048` for short samples.
 """
 
