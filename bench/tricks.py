@@ -87,7 +87,7 @@ def full_last_block() -> None:
 def plain_adapters() -> None:
     """Each linear by its formula, W x + s B A x."""
 
-    def one_by_one(linears: Sequence[Any], prepare: Any, *inputs: Any) -> list[Any]:
+    def one_by_one(linears: Sequence[Any], prepare: Any, *inputs: Any, is_used: bool = True) -> list[Any]:
         x = prepare(*inputs)
         return [linear(x) for linear in linears]
 
@@ -97,7 +97,9 @@ def plain_adapters() -> None:
 def kept_inputs() -> None:
     """Linears in groups, but the outputs of norms and silu(gate) * up are kept for backward."""
     grouped = block.grouped_linear
-    block.grouped_linear = lambda linears, prepare, *inputs: grouped(linears, identity, prepare(*inputs))
+    block.grouped_linear = lambda linears, prepare, *inputs, **options: grouped(
+        linears, identity, prepare(*inputs), **options
+    )
 
 
 def plain_norm() -> None:
