@@ -93,7 +93,7 @@ def _attend(attn: SelfAttention, projected: list[Tensor], context: SequenceConte
 
 
 def grouped_mlp(mlp: Any, prepare: Prepare, *inputs: Tensor, is_used: bool = True) -> Tensor:
-    """mlp(prepare(*inputs)); of what it computes, the projections alone are kept. Without use the output may be 0."""
+    """mlp(prepare(*inputs)); of what it computes, the projections alone are kept. If it is not used, it may be 0."""
     projected = grouped_linear([getattr(mlp, name) for name in mlp.inputs], prepare, *inputs)
     return grouped_linear((mlp.down_proj,), fused.activation(mlp, inputs[0]), *projected, is_used=is_used)[0]
 

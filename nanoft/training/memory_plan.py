@@ -253,8 +253,8 @@ def copied_keys(c: DecoderConfig, layer: int, length: int) -> int:
 
 
 def kept_by_mixer(c: DecoderConfig, mixer: str, full: bool) -> tuple[int, int, int]:
-    """Numbers per token of what lets positions see each other: kept, outputs of its linears, and kept twice in
-    float32 by norms."""
+    """Numbers per token of what lets positions see each other: kept, outputs of its linears, inputs of its
+    norms."""
     q, k = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     if mixer == "short_conv":  # three projections, and what the convolution makes; its input and the product
         return (6 if full else 4) * c.hidden_size, 4 * c.hidden_size, 0

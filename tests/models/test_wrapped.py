@@ -291,9 +291,9 @@ def test_full_training_keeps_the_other_towers(wrapper: Path, tmp_path: Path) -> 
     wanted = vision(wrapper / "base")
     assert vision(out).keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in vision(out).items())
-    trained = load_model(out, CPU, torch.float32)
-    assert (theirs(opened_by_transformers(out)) - ours(trained)).abs().max() < 5e-4  # a rounding of float32, amplified
-    assert (theirs(opened_by_transformers(wrapper / "base")) - ours(trained)).abs().max() > 0.01
+    trained = load_model(out, CPU, torch.float32).double()  # of Gemma 4, transformers' float32 logits are off by 1e-4
+    assert (theirs(opened_by_transformers(out).double()) - ours(trained)).abs().max() < 1e-4
+    assert (theirs(opened_by_transformers(wrapper / "base").double()) - ours(trained)).abs().max() > 0.01
 
 
 def test_a_packed_wrapper_is_trained_but_its_other_towers_cannot_be_copied(
